@@ -1,0 +1,1 @@
+"""Benchmarks: one number beside its ceiling and its peers, from the same interleaved run."""

@@ -1,0 +1,185 @@
+"""The `latentpress` command: one function per subcommand, each a thin door to a module of its own.
+
+Exit codes: 0 done, 1 unfinished or failed, 2 usage or config error, 3 finished but over the allowed
+quarantine rate or past a failed gate. Heavy packages are imported by the subcommand that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from schemas.errors import EXIT_FAILED, LatentpressError, MissingExtraError
+
+EXTRAS = {
+    "av": "pipeline",
+    "ray": "pipeline",
+    "torch": "train",
+    "diffusers": "train",
+    "transformers": "pipeline",
+}
+"""Optional package -> the extra that brings it."""
+
+app = typer.Typer(
+    name="latentpress",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="From a folder of mixed videos to verified latent shards, and a video model trained on them. "
+    "A first walk: demo, validate, plan, preprocess, verify, inspect, train.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure, beside the ceiling and the other libraries.")
+app.add_typer(bench, name="bench")
+
+Set = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override one config key, such as units.rows=8; repeatable."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/preprocess/demo.toml.")
+]
+DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder written by preprocess.")]
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the clips go.")] = Path("data/demo"),
+) -> None:
+    """Make a dozen small captioned videos of many kinds to try everything on."""
+    manifest = _job("demo").make_demo(folder)
+    print(f"wrote {manifest}")
+
+
+@app.command()
+def scan(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of videos, searched recursively.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Manifest to write.")] = Path(
+        "manifest.jsonl"
+    ),
+    json_: Json = False,
+) -> None:
+    """Make a manifest from a folder: sidecar .txt captions, or metadata.jsonl, .csv or .parquet."""
+    raise typer.Exit(_job("scan").scan(folder, output=output, as_json=json_))
+
+
+@app.command()
+def validate(
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="Manifest (.jsonl, .csv, .parquet) or folder.")
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option("-c", "--config", help="Check against this preprocess config's limits and rules."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the rows that passed as a new manifest.")
+    ] = None,
+    set_: Set = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """Check every row without decoding: file, streams, caption, duplicates, limits, frame rule."""
+    raise typer.Exit(
+        _job("validate").validate(manifest, config=config, overrides=set_, output=output, as_json=json_)
+    )
+
+
+@app.command()
+def plan(config: Config, set_: Set = [], json_: Json = False) -> None:  # noqa: B006
+    """Say what preprocess would do: clips per bucket, drops, tokens, disk, time and memory."""
+    raise typer.Exit(_job("plan").plan(config, overrides=set_, as_json=json_))
+
+
+@app.command()
+def preprocess(config: Config, set_: Set = [], json_: Json = False) -> None:  # noqa: B006
+    """Turn the manifest's videos into verified latent shards. Run it again to resume or to add data."""
+    raise typer.Exit(_job("preprocess").run(config, overrides=set_, as_json=json_))
+
+
+@app.command()
+def verify(
+    dataset: DatasetArgument,
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", help="Also hold the card against this preprocess config.")
+    ] = None,
+    set_: Set = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """Check every shard, tensor and record of a dataset against its bytes. Repairs nothing."""
+    raise typer.Exit(_job("verify").verify(dataset, config=config, overrides=set_, as_json=json_))
+
+
+@app.command()
+def inspect(
+    dataset: DatasetArgument,
+    sample: Annotated[
+        str | None,
+        typer.Argument(metavar="SAMPLE", help="Start of a sample id, or a source name; default: first."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG to write.")] = None,
+    json_: Json = False,
+) -> None:
+    """Draw one sample: source frames over its decoded latents, with PSNR."""
+    raise typer.Exit(_job("inspect").run(dataset, sample=sample, output=output, as_json=json_))
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/train/demo.toml.")
+    ],
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Train a video model on a latent dataset. Run it again to resume."""
+    raise typer.Exit(_job("train").train(config, overrides=set_, nproc=nproc))
+
+
+@app.command("export-model")
+def export_model(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A step-N folder, or a run (its newest is taken).")
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Folder to write in the diffusers layout.")
+    ],
+) -> None:
+    """Write a checkpoint's weights in the layout that diffusers loads."""
+    raise typer.Exit(_job("train").export_model(checkpoint, output))
+
+
+def _job(name: str) -> Any:
+    """The module behind a subcommand; one sentence where an optional package is missing."""
+    try:
+        return importlib.import_module(f"jobs.{name}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in EXTRAS:
+            raise MissingExtraError(package, EXTRAS[package]) from None
+        raise
+
+
+def main() -> None:
+    """Entry point: expected errors become one message and their exit code, without a traceback."""
+    try:
+        app()
+    except LatentpressError as error:
+        print(f"latentpress: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(
+            "\nlatentpress: interrupted; what is committed stays, run the same command to resume",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_FAILED)
+
+
+if __name__ == "__main__":
+    main()

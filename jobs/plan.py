@@ -1,0 +1,185 @@
+"""`latentpress plan`: what preprocess would do, told before anything is written.
+
+Clips per bucket, drops with reasons, tokens, disk for latents and prompts, and an estimate of time
+and memory from a few clips decoded and encoded for trial.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.console import console, count_table, duration, print_json, size, table
+from pipeline.decode import decode_clip
+from pipeline.graph import manifest_rows, wanted_card
+from pipeline.probe import ClipInfo
+from pipeline.survey import survey
+from pipeline.text_encode import load_text_encoder
+from pipeline.video_encode import load_video_encoder
+from schemas.bucket import bucket_name, choose_bucket, video_tokens
+from schemas.card import Card, card_path, read_card, refuse_stale
+from schemas.codec import DTYPES, TAGS
+from schemas.config import BucketConfig, PreprocessConfig
+from schemas.dataset import Dataset, generation_key
+from schemas.errors import EXIT_DONE, EXIT_GATE, ClipError
+from schemas.load import load_config
+from schemas.manifest import ManifestRow
+
+_TRIALS = 3
+
+
+def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
+    """Plan the run of a config; the exit code of the command."""
+    config = load_config(config_path, PreprocessConfig, overrides=overrides)
+    rows = manifest_rows(config)
+    card = wanted_card(config)
+    dataset = Dataset(config.output)
+    if card_path(dataset.root).exists():
+        refuse_stale(dataset.root, have=read_card(dataset.root), want=card)
+
+    buckets: Counter[str] = Counter()
+    drops: Counter[str] = Counter()
+    dropped: list[dict[str, Any]] = []
+    chosen: list[tuple[ManifestRow, BucketConfig]] = []
+    short = 0
+    for row, found in survey(rows, config):
+        if isinstance(found, ClipError):
+            drops[found.reason] += 1
+            dropped.append(
+                {"row": row.number, "source": row.source, "reason": found.reason, "message": found.message}
+            )
+            continue
+        bucket, pictures = _bucket(row, found, config)
+        if pictures < bucket.num_frames:
+            short += 1
+            if config.frames.short == "drop":
+                drops["too_short"] += 1
+                continue
+        buckets[bucket_name(bucket)] += 1
+        chosen.append((row, bucket))
+
+    done = _done(dataset, chosen)
+    captions = list(dict.fromkeys(row.caption for row in rows))
+    report: dict[str, Any] = {
+        "rows": len(rows),
+        "clips": len(chosen),
+        "already_done": done,
+        "buckets": dict(buckets.most_common()),
+        "drops": dict(drops.most_common()),
+        "dropped": dropped,
+        "shorter_than_bucket": short,
+        "captions": len(captions),
+        "video_tokens": sum(video_tokens(card.geometry.latent_shape(bucket)) for _, bucket in chosen),
+        "latents_bytes": sum(_latent_bytes(bucket, card) for _, bucket in chosen),
+        "prompts_bytes": _prompt_bytes(captions, config),
+        **_estimate(chosen, config, remaining=len(chosen) - done),
+    }
+    print_json(report) if as_json else _print(report, config)
+    gated = len(dropped)
+    return EXIT_GATE if gated > config.quarantine.max_rate * len(rows) else EXIT_DONE
+
+
+def _bucket(row: ManifestRow, info: ClipInfo, config: PreprocessConfig) -> tuple[BucketConfig, int]:
+    """The bucket of a clip, and about how many pictures its window (and rate, for `fps`) leaves."""
+    start = row.start_s or 0.0
+    end = min(row.end_s or info.duration_s, info.duration_s)
+    share = (end - start) / info.duration_s if info.duration_s else 1.0
+    pictures = max(1, round(info.num_pictures * share))
+    available = pictures
+    if config.frames.policy == "fps":
+        pictures = int((end - start) * config.frames.target_fps)
+    position = choose_bucket(
+        config.buckets, width=info.display_width, height=info.display_height, num_pictures=available
+    )
+    return config.buckets[position], pictures
+
+
+def _done(dataset: Dataset, chosen: Sequence[tuple[ManifestRow, BucketConfig]]) -> int:
+    """Rows that are committed and whose file has not been touched since."""
+    live = {generation_key(row): row for row in dataset.live_rows()}
+    done = 0
+    for row, _ in chosen:
+        asked = live.get(row.key)
+        if asked is None:
+            continue
+        stat = os.stat(row.path)
+        done += (stat.st_size, stat.st_mtime_ns) == (asked["size"], asked["mtime_ns"]) and all(
+            dataset.commit_path(family, asked[unit]).exists()
+            for family, unit in (("latents", "unit"), ("prompts", "prompt_unit"))
+        )
+    return done
+
+
+def _latent_bytes(bucket: BucketConfig, card: Card) -> int:
+    item = DTYPES[TAGS[card.settings.video_encoder.dtype]].itemsize
+    return int(np.prod(card.geometry.latent_shape(bucket))) * item * len(card.latent_tensors)
+
+
+def _prompt_bytes(captions: Sequence[str], config: PreprocessConfig) -> int:
+    """Measured on a few captions; exact with padding = "full"."""
+    trial = captions[:: max(1, len(captions) // 16)]
+    encodings = load_text_encoder(config.text_encoder).encode(trial)
+    mean = statistics.fmean(sum(t.data.nbytes for t in encoding.tensors.values()) for encoding in encodings)
+    return round(mean * len(captions))
+
+
+def _estimate(
+    chosen: Sequence[tuple[ManifestRow, BucketConfig]], config: PreprocessConfig, *, remaining: int
+) -> dict[str, Any]:
+    """Seconds and bytes of memory, from trial clips spread over the manifest."""
+    encoder = load_video_encoder(config.video_encoder)
+    spent = []
+    step = max(1, len(chosen) // _TRIALS)
+    for row, _ in chosen[step // 2 :: step][:_TRIALS]:
+        started = time.perf_counter()
+        try:
+            frames, _, _ = decode_clip(
+                row.path,
+                start_s=row.start_s,
+                end_s=row.end_s,
+                frames=config.frames,
+                buckets=config.buckets,
+                resize=config.resize,
+                limits=config.limits,
+            )
+        except ClipError:
+            continue
+        encoder.encode(frames[None])
+        spent.append(time.perf_counter() - started)
+    parallel = min(config.executor.workers, os.cpu_count() or 1)
+    seconds = statistics.median(spent) * remaining / parallel if spent else None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "trial_clips": len(spent),
+        "estimated_s": seconds and round(seconds, 1),
+        "estimated_memory_bytes": peak * config.executor.workers,
+    }
+
+
+def _print(report: dict[str, Any], config: PreprocessConfig) -> None:
+    console.print(count_table("bucket", report["buckets"]))
+    if report["drops"]:
+        console.print(count_table("dropped", report["drops"]))
+        for drop in report["dropped"][:20]:
+            console.print(f"  row {drop['row']}  {drop['source']}: {drop['message']}")
+    facts = table("", "")
+    facts.add_row("rows", f"{report['rows']} ({report['clips']} clips, {report['already_done']} done already)")
+    facts.add_row("shorter than bucket", f"{report['shorter_than_bucket']} (frames.short = {config.frames.short!r})")
+    facts.add_row("video tokens", f"{report['video_tokens']:,}")
+    facts.add_row("disk", f"latents {size(report['latents_bytes'])}, prompts {size(report['prompts_bytes'])}")
+    if report["estimated_s"] is not None:
+        workers = config.executor.workers
+        facts.add_row(
+            "estimate",
+            f"{duration(report['estimated_s'])} with {workers} workers and about "
+            f"{size(report['estimated_memory_bytes'])} of memory (from {report['trial_clips']} trial clips)",
+        )
+    console.print(facts)

@@ -1,0 +1,48 @@
+"""`latentpress preprocess`: config file in, latent dataset out, and how it went in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.console import console, count_table, print_json
+from pipeline.graph import preprocess
+from schemas.config import PreprocessConfig
+from schemas.errors import EXIT_DONE, EXIT_FAILED, EXIT_GATE
+from schemas.load import load_config
+
+
+def run(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
+    """Preprocess; the exit code of the command."""
+    config = load_config(config_path, PreprocessConfig, overrides=overrides)
+    summary = preprocess(config)
+    unfinished = summary["rows"] - summary["kept"] - summary["quarantined"]
+    over = summary["quarantine_gated"] > config.quarantine.max_rate * summary["rows"]
+    if as_json:
+        print_json(summary)
+    else:
+        report(config, summary, over=over)
+    return EXIT_FAILED if unfinished else EXIT_GATE if over else EXIT_DONE
+
+
+def report(config: PreprocessConfig, summary: dict[str, Any], *, over: bool) -> None:
+    """The summary for a person."""
+    console.print(f"{summary['kept']} of {summary['rows']} clips kept, {summary['quarantined']} quarantined")
+    if summary["reasons"]:
+        console.print(count_table("reason", summary["reasons"]))
+    run = summary["last_run"]
+    if run and "latents" in run:
+        latents = run["latents"]
+        executor = run["executor"]
+        console.print(
+            f"last run: {latents['clips']} clips in {latents['wall_s']:.1f} s = {latents['clips_per_s']:.2f} "
+            f"clips/s on {executor['kind']} x {executor['workers']}; bottleneck: {latents['bottleneck']}"
+        )
+    console.print(f"dataset: {config.output}  (summary.json, index.parquet, quarantine.parquet)")
+    if over:
+        rate = summary["quarantine_rate"]
+        console.print(
+            f"quarantined {rate:.1%} of the rows, more than quarantine.max_rate = {config.quarantine.max_rate:.1%}: "
+            "exit code 3"
+        )

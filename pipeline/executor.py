@@ -1,0 +1,152 @@
+"""Where units run: in this process, or in Ray actors that own whole units. The only file that imports Ray.
+
+Both give the same shards, as a unit knows nothing of who runs it. Only unit descriptions and small
+results cross process borders; frames never do. The driver holds no state: a unit without a commit
+record is simply run again by the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pipeline.generation import Unit
+from pipeline.unit import UnitResult, UnitWorker
+from schemas.card import Card
+from schemas.config import PreprocessConfig
+from schemas.errors import LatentpressError, MissingExtraError, RunError
+
+if TYPE_CHECKING:
+    import ray.actor
+
+UNITS_IN_FLIGHT = 2
+"""Per actor: one running, one queued, so that it never waits for the driver."""
+MAX_DEATHS = 3
+"""A unit that takes its actor down this often stops the run."""
+_OBJECT_STORE_BYTES = 128 * 2**20
+
+
+class Executor(Protocol):
+    """Runs units in any order; a context manager."""
+
+    name: str
+    workers: int
+
+    def run(self, units: Sequence[Unit]) -> Iterator[UnitResult]: ...
+
+
+@contextlib.contextmanager
+def open_executor(config: PreprocessConfig, card: Card) -> Iterator[Executor]:
+    """The executor that the config asks for, closed at the end."""
+    settings = config.executor
+    use_ray = settings.kind == "ray" or (
+        settings.kind == "auto" and (settings.workers > 1 or settings.address != "")
+    )
+    executor = RayExecutor(config, card) if use_ray else LocalExecutor(config, card)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+class LocalExecutor:
+    """Units one after another in this process; decoding runs ahead in its child."""
+
+    name = "local"
+    workers = 1
+
+    def __init__(self, config: PreprocessConfig, card: Card) -> None:
+        self._worker = UnitWorker(config, card)
+
+    def run(self, units: Sequence[Unit]) -> Iterator[UnitResult]:
+        for unit in units:
+            try:
+                yield self._worker.run(unit)
+            except OSError as error:
+                raise _stopped(unit, error) from error
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class RayExecutor:
+    """Ray actors, one worker each, restarted by Ray for ever; deaths are counted per unit."""
+
+    name = "ray"
+
+    def __init__(self, config: PreprocessConfig, card: Card) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise MissingExtraError("ray", "pipeline") from None
+        self._ray = ray
+        settings = config.executor
+        self.workers = settings.workers
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if settings.address:
+            ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(
+                address="local",
+                num_cpus=max(settings.workers, os.cpu_count() or 1),
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        actor = ray.remote(
+            num_cpus=1, num_gpus=settings.gpus_per_worker, max_restarts=-1, max_task_retries=0
+        )(UnitWorker)
+        self._actors = [actor.remote(config, card) for _ in range(settings.workers)]
+
+    def run(self, units: Sequence[Unit]) -> Iterator[UnitResult]:
+        todo = list(reversed(units))
+        flying: dict[Any, tuple[ray.actor.ActorHandle[Any], Unit]] = {}
+        deaths: dict[int, int] = {}
+
+        def launch(actor: ray.actor.ActorHandle[Any]) -> None:
+            if todo:
+                unit = todo.pop()
+                flying[actor.run.remote(unit)] = (actor, unit)
+
+        for actor in self._actors * UNITS_IN_FLIGHT:
+            launch(actor)
+        while flying:
+            (done, *_), _ = self._ray.wait(list(flying), num_returns=1)
+            actor, unit = flying.pop(done)
+            try:
+                result = self._ray.get(done)
+            except self._ray.exceptions.RayActorError as error:
+                # Both units in flight fail with their actor; which one did it shows by repetition.
+                deaths[unit.number] = deaths.get(unit.number, 0) + 1
+                if deaths[unit.number] >= MAX_DEATHS:
+                    raise RunError(
+                        f"the worker died {MAX_DEATHS} times while it held {unit.family} unit {unit.number} "
+                        f"(rows {[row.get('source', row['key']) for row in unit.rows]}): {error}. "
+                        "Out of memory is the usual cause: lower executor.workers or limits.memory_bytes"
+                    ) from error
+                todo.append(unit)
+            except self._ray.exceptions.RayTaskError as error:
+                cause = error.cause
+                if isinstance(cause, LatentpressError):
+                    raise cause from error
+                if isinstance(cause, OSError):
+                    raise _stopped(unit, cause) from error
+                raise
+            else:
+                yield result
+            launch(actor)
+
+    def close(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor)
+        self._ray.shutdown()
+
+
+def _stopped(unit: Unit, error: OSError) -> RunError:
+    return RunError(
+        f"{unit.family} unit {unit.number} could not be written: {error}. "
+        "What is committed stays; run the same command again once this is mended"
+    )

@@ -1,0 +1,99 @@
+"""What a person sees while units run, and what `summary.json` says afterwards.
+
+On a terminal one live line, elsewhere a plain line every few seconds; both say the same: clips,
+rates, quarantined so far and the time left.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.unit import UnitResult
+
+_PLAIN_EVERY_S = 5.0
+STAGES = ("decode", "encode", "write")
+
+
+@dataclass
+class Tally:
+    """Running totals of one pass over the units of a family."""
+
+    label: str
+    total: int
+    """Clips (or captions) that will run."""
+    kept: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    video_s: float = 0.0
+    nbytes: int = 0
+    seconds: Counter[str] = field(default_factory=Counter)
+    started: float = field(default_factory=time.perf_counter)
+    wall_s: float = 0.0
+
+    @property
+    def failed(self) -> int:
+        return sum(self.reasons.values())
+
+    @property
+    def done(self) -> int:
+        return self.kept + self.failed
+
+    def add(self, result: UnitResult) -> None:
+        self.kept += result.kept
+        self.reasons.update(reason for reason, _ in result.failures)
+        self.video_s += result.video_s
+        self.nbytes += result.nbytes
+        self.seconds.update(result.seconds)
+        self.wall_s = time.perf_counter() - self.started
+
+    def line(self) -> str:
+        """One aligned line."""
+        rate = self.done / self.wall_s if self.wall_s else 0.0
+        left = f"{_clock(round((self.total - self.done) / rate))}" if rate else "-:--"
+        text = f"{self.label:8} {self.done:>{len(str(self.total))}}/{self.total}  {rate:6.2f}/s"
+        if self.label == "latents":
+            text += f"  {self.video_s / max(self.wall_s, 1e-9):6.1f} video-s/s  quarantined {self.failed}"
+        return f"{text}  {_clock(round(self.wall_s))} gone, {left} left"
+
+    def summary(self, *, workers: int) -> dict[str, Any]:
+        """Rates, seconds per stage and the bottleneck: the stage that keeps its process busiest."""
+        wall = max(self.wall_s, 1e-9)
+        busy = {stage: round(self.seconds.get(stage, 0.0), 3) for stage in STAGES}
+        return {
+            "clips": self.done,
+            "wall_s": round(self.wall_s, 3),
+            "clips_per_s": round(self.done / wall, 3),
+            "video_s_per_s": round(self.video_s / wall, 2),
+            "bytes": self.nbytes,
+            "stage_s": {**busy, "decode_wait": round(self.seconds.get("decode_wait", 0.0), 3)},
+            "stage_busy": {stage: round(seconds / (wall * workers), 3) for stage, seconds in busy.items()},
+            "bottleneck": max(busy, key=lambda stage: busy[stage]) if self.done else None,
+        }
+
+
+def _clock(seconds: int) -> str:
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def track(results: Iterable[UnitResult], tally: Tally) -> Iterator[UnitResult]:
+    """Pass results on, adding each to `tally` and showing its line on standard error."""
+    live = sys.stderr.isatty()
+    shown = 0.0
+    if live:
+        print(f"\r{tally.label}: starting", end="", file=sys.stderr, flush=True)
+    for result in results:
+        tally.add(result)
+        if live:
+            print(f"\r\x1b[K{tally.line()}", end="", file=sys.stderr, flush=True)
+        elif tally.wall_s - shown >= _PLAIN_EVERY_S and tally.done < tally.total:
+            shown = tally.wall_s
+            print(tally.line(), file=sys.stderr, flush=True)
+        yield result
+    if tally.done:
+        print(f"\r\x1b[K{tally.line()}" if live else tally.line(), file=sys.stderr, flush=True)

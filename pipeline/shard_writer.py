@@ -1,0 +1,130 @@
+"""Samples -> one WebDataset shard: a USTAR tar whose bytes depend on its samples alone.
+
+Members are written as they come (memory stays one sample), hashed on the way, and the tar gets its
+content-hash name when whole. Fixed times, owners and order make equal samples equal shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pipeline.commit import commit_once, make_folder, publish, temp_path
+from schemas.codec import Tensor, checksum, encode_sample
+from schemas.dataset import Dataset
+from schemas.sample import Family, FailureRecord, SampleRecord, TensorRecord, UnitCommit, unit_name
+
+MEMBER_SUFFIX: dict[Family, str] = {"latents": "latents", "prompts": "prompt_embeds"}
+
+
+class _HashingFile(io.RawIOBase):
+    """Passes bytes to a file and to sha256."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb", buffering=1 << 20)
+        self._sha256 = hashlib.sha256()
+        self.nbytes = 0
+
+    def write(self, data: Any) -> int:
+        self._sha256.update(data)
+        self.nbytes += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.nbytes
+
+    def sync(self) -> str:
+        """fsync; the sha256 of all bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._sha256.hexdigest()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class ShardWriter:
+    """One unit's shard on its way; a context manager that leaves nothing behind unless committed."""
+
+    def __init__(self, dataset: Dataset, *, family: Family, unit: int, fingerprint: str) -> None:
+        self._dataset, self._family, self._unit, self._fingerprint = dataset, family, unit, fingerprint
+        self._temp = temp_path(dataset.shard_folder(family, unit))
+        self._file = _HashingFile(self._temp)
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._samples: list[SampleRecord] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._temp.unlink(missing_ok=True)
+
+    def add(self, key: str, tensors: Mapping[str, Tensor], *, meta: dict[str, Any]) -> None:
+        """Append one sample: `<key>.<family>.safetensors` and `<key>.json`."""
+        payload, spans = encode_sample(tensors)
+        start = self._add_member(f"{key}.{MEMBER_SUFFIX[self._family]}.safetensors", payload)
+        self._add_member(f"{key}.json", _json_bytes({"key": key, **meta}))
+        records = {
+            name: TensorRecord(
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                offset=start + spans[name].offset,
+                nbytes=spans[name].nbytes,
+                checksum=checksum(tensor.data),
+            )
+            for name, tensor in tensors.items()
+        }
+        self._samples.append(SampleRecord(key=key, tensors=records, meta=meta))
+
+    def commit(self, *, quarantined: list[FailureRecord], seconds: dict[str, float]) -> UnitCommit:
+        """Close, name and commit the unit; the record that counts, ours or that of whoever was first."""
+        shard, sha256 = None, None
+        if self._samples:
+            self._tar.close()
+            sha256 = self._file.sync()
+            name = f"{unit_name(self._family, self._unit)}-{sha256[:12]}.tar"
+            final = self._dataset.shard_folder(self._family, self._unit) / name
+            publish(self._temp, final)
+            shard = final.relative_to(self._dataset.root).as_posix()
+        record = UnitCommit(
+            family=self._family,
+            unit=self._unit,
+            fingerprint=self._fingerprint,
+            shard=shard,
+            sha256=sha256,
+            nbytes=self._file.nbytes if shard else 0,
+            samples=tuple(self._samples),
+            quarantined=tuple(quarantined),
+            seconds={name: round(value, 4) for name, value in seconds.items()},
+        )
+        path = self._dataset.commit_path(self._family, self._unit)
+        make_folder(path.parent)
+        if commit_once(path, _json_bytes(record.model_dump(mode="json"))):
+            return record
+        winner = self._dataset.commit(self._family, self._unit)
+        assert winner is not None, "a commit record is never deleted"
+        return winner
+
+    def _add_member(self, name: str, data: bytes) -> int:
+        """Write one regular file; the position of its first byte in the tar."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        info.mode = 0o644
+        start = self._tar.offset + tarfile.BLOCKSIZE
+        self._tar.addfile(info, io.BytesIO(data))
+        return start
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,172 @@
+"""The dataset card: what the numbers mean, and when they are stale.
+
+`hard` fields change the stored numbers: a different one is refused, field by field, and two
+fingerprints never mix in one dataset. `soft` fields (library versions) only warn.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from schemas.bucket import Geometry, bucket_name
+from schemas.config import (
+    BucketConfig,
+    FramesConfig,
+    PreprocessConfig,
+    ResizeConfig,
+    Settings,
+    TextEncoderConfig,
+    VideoEncoderConfig,
+)
+from schemas.errors import DatasetError, StaleDatasetError
+from schemas.load import digest_of
+from schemas.sample import FORMAT_VERSION, Family
+from schemas.scaling import Scaling
+
+DECODE_RULES = 1
+"""Version of the rules that turn a file into frames (choice on timestamps, colour, rotation, resize);
+raised when the same file and settings would give other pixels."""
+
+
+class CardSettings(Settings):
+    """The settings that made the numbers, to repeat them (inspection) or to compare them."""
+
+    frames: FramesConfig
+    buckets: tuple[BucketConfig, ...] = pydantic.Field(strict=False)
+    resize: ResizeConfig
+    video_encoder: VideoEncoderConfig
+    text_encoder: TextEncoderConfig
+
+
+class Card(Settings):
+    """`card.json`."""
+
+    format_version: int = FORMAT_VERSION
+    fingerprint: str
+    hard: dict[str, dict[str, Any]]
+    """Family -> field -> value."""
+    soft: dict[str, str]
+    settings: CardSettings
+    scaling: Scaling
+    geometry: Geometry
+
+    @property
+    def stored(self) -> str:
+        """`moments`, `mean` or `sample`."""
+        return self.settings.video_encoder.store
+
+    @property
+    def latent_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors in a latents member."""
+        return ("mean", "logvar") if self.stored == "moments" else ("latents",)
+
+    def family_fingerprint(self, family: Family) -> str:
+        return digest_of(self.hard[family])
+
+
+def make_card(
+    config: PreprocessConfig,
+    *,
+    video_fields: dict[str, Any],
+    text_fields: dict[str, Any],
+    scaling: Scaling,
+    geometry: Geometry,
+    versions: dict[str, str],
+) -> Card:
+    """The card a run of `config` would write; encoders bring their own hard fields."""
+    frames = config.frames
+    latents: dict[str, Any] = {
+        "decode_rules": DECODE_RULES,
+        "frames.policy": frames.policy,
+        "frames.short": frames.short,
+        "buckets": sorted(bucket_name(bucket) for bucket in config.buckets),
+        "resize.mode": config.resize.mode,
+        "video_encoder.store": config.video_encoder.store,
+        "video_encoder.dtype": config.video_encoder.dtype,
+        "scaling": scaling.model_dump(mode="json"),
+        **{f"video_encoder.{name}": value for name, value in video_fields.items()},
+    }
+    if frames.policy == "fps":
+        latents |= {"frames.target_fps": frames.target_fps, "frames.clips": frames.clips}
+    if config.video_encoder.store == "sample":
+        latents["seed"] = config.seed
+    prompts = {
+        "text_encoder.max_length": config.text_encoder.max_length,
+        "text_encoder.padding": config.text_encoder.padding,
+        **{f"text_encoder.{name}": value for name, value in text_fields.items()},
+    }
+    hard = {"latents": latents, "prompts": prompts}
+    return Card(
+        fingerprint=digest_of(hard),
+        hard=hard,
+        soft=versions,
+        settings=CardSettings(
+            frames=frames,
+            buckets=config.buckets,
+            resize=config.resize,
+            video_encoder=config.video_encoder,
+            text_encoder=config.text_encoder,
+        ),
+        scaling=scaling,
+        geometry=geometry,
+    )
+
+
+def card_path(dataset: Path) -> Path:
+    return Path(dataset) / "card.json"
+
+
+def card_bytes(card: Card) -> bytes:
+    return (json.dumps(card.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_card(dataset: Path) -> Card:
+    """The card of a dataset; DatasetError where there is none, it is damaged, or of another format."""
+    path = card_path(dataset)
+    try:
+        tree = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DatasetError(f"{dataset} is not a latent dataset: it has no card.json") from None
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
+    version = tree.get("format_version") if isinstance(tree, dict) else None
+    if version != FORMAT_VERSION:
+        raise DatasetError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}")
+    try:
+        card = Card.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise DatasetError(f"{path} is damaged: {error}") from error
+    found = digest_of(card.hard)
+    if found != card.fingerprint:
+        raise DatasetError(f"{path} is damaged: its fields hash to {found[:12]}, it says {card.fingerprint[:12]}")
+    return card
+
+
+def hard_differences(have: Card, want: Card) -> dict[str, tuple[Any, Any]]:
+    """Field -> (card, config) for every hard field that differs."""
+    differences = {}
+    for family in ("latents", "prompts"):
+        old, new = have.hard[family], want.hard[family]
+        for field in sorted(old.keys() | new.keys()):
+            if old.get(field) != new.get(field):
+                differences[field] = (old.get(field), new.get(field))
+    return differences
+
+
+def refuse_stale(dataset: Path, *, have: Card, want: Card) -> None:
+    """StaleDatasetError naming every hard field in which `want` differs from the dataset's card."""
+    differences = hard_differences(have, want)
+    if not differences:
+        return
+    width = max(map(len, differences))
+    lines = [f"  {name:{width}}  dataset {old!r}, config {new!r}" for name, (old, new) in differences.items()]
+    raise StaleDatasetError(
+        f"{dataset} was made with other settings, and two kinds of latents never mix in one dataset:\n"
+        + "\n".join(lines)
+        + "\nset these back, or give another --set output=FOLDER",
+        differences,
+    )

@@ -1,0 +1,318 @@
+"""Every setting of `preprocess` and `train`, as one tree of frozen models.
+
+Unknown keys are errors that name their dotted path. A docstring under each field gives meaning,
+unit and default. Files are read by `schemas.load`; nothing here touches the disk.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Settings(BaseModel):
+    """Strict and frozen: no unknown key, no silent cast, no change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+# ---------------------------------------------------------------------------- preprocess
+
+
+class FramesConfig(Settings):
+    """Which pictures of a clip become its frames."""
+
+    policy: Literal["uniform", "fps"] = "uniform"
+    """`uniform`: the whole clip at stride S = total / num_frames. `fps`: resample, then truncate."""
+    target_fps: PositiveFloat = 8.0
+    """Frames per second of policy `fps`."""
+    clips: Literal["head"] = "head"
+    """Policy `fps`: which part of a long clip is kept; `head` is the first num_frames."""
+    short: Literal["interpolate", "repeat_last", "drop", "error"] = "interpolate"
+    """A clip with fewer pictures than num_frames: blend in time, repeat the last picture,
+    quarantine it as `too_short`, or stop the run."""
+
+
+class BucketConfig(Settings):
+    """One output shape; the bucket with the nearest aspect ratio wins."""
+
+    num_frames: Positive
+    """Frames per clip; the video encoder's frame rule must allow it (`dct`: 4n + 1)."""
+    height: Positive
+    """Pixels; a multiple of 16 (8 of the encoder times 2 of the transformer's patch)."""
+    width: Positive
+    """Pixels; a multiple of 16."""
+
+
+class ResizeConfig(Settings):
+    """How a picture is fitted into its bucket."""
+
+    mode: Literal["cover_crop", "pad", "stretch"] = "cover_crop"
+    """`cover_crop` fills and cuts the centre, `pad` fits with black bars, `stretch` distorts."""
+
+
+class VideoEncoderConfig(Settings):
+    """The model that turns frames into latents."""
+
+    kind: Literal["dct"] = "dct"
+    """`dct`: the embedded codec with CogVideoX's geometry; needs no weights."""
+    model: str = ""
+    """Hub id or folder; unused by `dct`."""
+    subfolder: str = "vae"
+    """Folder inside `model`; unused by `dct`."""
+    dtype: Dtype = "float32"
+    """Type of the stored latents."""
+    store: Literal["moments", "mean", "sample"] = "moments"
+    """`moments` stores the posterior (`mean`, `logvar`), unscaled; the others one tensor `latents`."""
+
+
+class TextEncoderConfig(Settings):
+    """The model that turns captions into prompt embeddings."""
+
+    kind: Literal["tiny-t5"] = "tiny-t5"
+    """`tiny-t5`: a seeded tiny T5 with the byte tokenizer; for demos and tests only."""
+    model: str = ""
+    """Hub id or folder; unused by `tiny-t5`."""
+    max_length: Positive = 226
+    """Tokens; longer captions are cut, and the sample says so."""
+    padding: Literal["full", "trim"] = "full"
+    """`full` keeps pad rows; `trim` drops them (the encoder then runs with its attention mask)."""
+
+
+class ExecutorConfig(Settings):
+    """Where units run."""
+
+    kind: Literal["auto", "local", "ray"] = "auto"
+    """`auto`: `local` for one worker, `ray` for more or when an address is given."""
+    workers: Positive = 2
+    """Ray actors; the shards do not depend on it."""
+    address: str = ""
+    """Ray cluster to join; empty starts Ray on this machine."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """GPU share each actor asks Ray for."""
+
+
+class UnitsConfig(Settings):
+    """How rows are grouped into shards."""
+
+    rows: Positive = 64
+    """Clips per shard; never depends on the number of workers."""
+
+
+class LimitsConfig(Settings):
+    """What one clip may cost; past a limit it is quarantined, its neighbours go on."""
+
+    max_bytes: Positive = 16 * 2**30
+    """Size of the file in bytes."""
+    max_pixels: Positive = 8192 * 8192
+    """Area of one coded picture in pixels."""
+    max_seconds: PositiveFloat = 4 * 3600.0
+    """Duration in seconds."""
+    max_frames: Positive = 1_000_000
+    """Video packets in the file."""
+    clip_timeout_s: PositiveFloat = 300.0
+    """Wall clock for decoding one clip, in seconds."""
+    memory_bytes: Positive = 6 * 2**30
+    """Address space of the decoder process, in bytes."""
+    max_damage: Rate = 0.1
+    """Share of the wanted pictures that may be undecodable; each is replaced by its nearest
+    decodable neighbour and recorded. Above it the clip is quarantined as `damaged`."""
+
+
+class QuarantineConfig(Settings):
+    """How many failed clips a run may end with."""
+
+    max_rate: Rate = 0.05
+    """Share of rows; above it the command ends with exit code 3."""
+
+
+class PreprocessConfig(Settings):
+    """The config of `latentpress preprocess`."""
+
+    manifest: str
+    """Manifest file (.jsonl, .csv, .parquet) or a folder of videos with sidecar captions."""
+    output: str
+    """Folder of the latent dataset."""
+    seed: int = 0
+    """Seeds what is drawn at random (`store = "sample"`)."""
+    identity: Literal["content", "sampled"] = "content"
+    """What makes a source file the same file: all its bytes, or its size and sampled blocks."""
+    frames: FramesConfig = FramesConfig()
+    buckets: Annotated[tuple[BucketConfig, ...], Field(min_length=1, strict=False)] = (
+        BucketConfig(num_frames=49, height=480, width=720),
+    )
+    resize: ResizeConfig = ResizeConfig()
+    video_encoder: VideoEncoderConfig = VideoEncoderConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    executor: ExecutorConfig = ExecutorConfig()
+    units: UnitsConfig = UnitsConfig()
+    limits: LimitsConfig = LimitsConfig()
+    quarantine: QuarantineConfig = QuarantineConfig()
+
+    @field_validator("buckets")
+    @classmethod
+    def _distinct(cls, buckets: tuple[BucketConfig, ...]) -> tuple[BucketConfig, ...]:
+        seen: dict[BucketConfig, int] = {}
+        for i, bucket in enumerate(buckets):
+            if bucket in seen:
+                raise ValueError(f"bucket {i} repeats bucket {seen[bucket]}; remove one")
+            seen[bucket] = i
+        return buckets
+
+
+# --------------------------------------------------------------------------------- train
+
+
+class ModelConfig(Settings):
+    """The video transformer."""
+
+    kind: Literal["cogvideox"] = "cogvideox"
+    """`cogvideox`: diffusers' CogVideoXTransformer3DModel on a packed token stream."""
+    init: str = "random"
+    """`random`, or a folder in the diffusers layout."""
+    attention: Literal["auto", "sdpa"] = "auto"
+    """`sdpa`: one scaled-dot-product call per segment. `auto` picks and logs the reason."""
+    num_layers: Positive = 2
+    """Transformer blocks; `init = "random"` only, like the fields below."""
+    num_attention_heads: Positive = 4
+    """Heads per block."""
+    attention_head_dim: Positive = 32
+    """Width of one head; a multiple of 16 (rotary embedding over time, height, width)."""
+    time_embed_dim: Positive = 128
+    """Width of the timestep embedding."""
+
+
+class MeshConfig(Settings):
+    """Device mesh; the product is the world size."""
+
+    dp_replicate: Positive = 1
+    """HSDP replicas."""
+    dp_shard: Positive = 1
+    """FSDP shards per replica; 1 with more ranks means "all of them"."""
+    tp: Literal[1] = 1
+    """Tensor-parallel degree."""
+
+
+class PrecisionConfig(Settings):
+    """Arithmetic of the training step."""
+
+    param: Dtype = "float32"
+    """Type of parameters and activations in forward and backward; bfloat16 on GPUs."""
+    reduce: Dtype = "float32"
+    """Type of the gradient reduction."""
+    deterministic: bool = True
+    """Ask torch for deterministic kernels: the same run gives the same bits."""
+
+
+class DataConfig(Settings):
+    """How samples become packs."""
+
+    budget_tokens: Positive = 4096
+    """Tokens (video and text) per pack; at least the longest sample."""
+    slots: Positive = 1
+    """Packs per optimizer step over all ranks; the data-parallel world size must divide it."""
+    prefetch: NonNegative = 2
+    """Packs read ahead by the loader thread; 0 reads in the training thread."""
+
+
+class LossConfig(Settings):
+    """The objective."""
+
+    objective: Literal["v"] = "v"
+    """`v`: CogVideoX's velocity target on its zero-terminal-SNR schedule."""
+    normalize: Literal["per_clip", "per_token"] = "per_clip"
+    """Every clip weighs the same, or every token does."""
+
+
+class OptimConfig(Settings):
+    """AdamW and the gradient clip."""
+
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Decoupled; not on biases and norms."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global gradient-norm clip."""
+
+
+class CheckpointConfig(Settings):
+    """When training state is saved."""
+
+    every: Positive = 500
+    """Optimizer steps between saves; the last step is always saved."""
+    keep: Positive = 2
+    """Newest complete checkpoints kept."""
+
+
+class LrConfig(Settings):
+    """Learning rate as a pure function of the step."""
+
+    peak: Annotated[float, Field(ge=0)]
+    """Highest value."""
+    warmup: NonNegative = 0
+    """Linear warm-up, in steps."""
+    kind: Literal["cosine", "constant"] = "cosine"
+    """After warm-up: cosine to zero at the stage's end, or constant."""
+
+
+class StageConfig(Settings):
+    """One part of the curriculum."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    """Used in logs and checkpoints."""
+    steps: Positive
+    """Optimizer steps."""
+    max_s: PositiveFloat | None = None
+    """Longest window of a sample used, in source seconds; unset uses whole samples."""
+    window: Literal["prefix"] = "prefix"
+    """Which part of a longer sample is used: `prefix` is its first latent frames, exact for a
+    causal encoder."""
+    trainable: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = (".*",)
+    """Regexes over parameter names; one that matches nothing is an error."""
+    lr: LrConfig
+
+    @field_validator("trainable")
+    @classmethod
+    def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return patterns
+
+
+class TrainConfig(Settings):
+    """The config of `latentpress train`."""
+
+    dataset: str
+    """Latent dataset written by `latentpress preprocess`."""
+    output: str
+    """Folder of the run: checkpoints, metrics, loss curve."""
+    seed: int = 0
+    """Seeds initialisation, order, noise and timesteps."""
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, strict=False)]
+
+    @model_validator(mode="after")
+    def _stage_names(self) -> TrainConfig:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stage names must differ, found {names}")
+        return self

@@ -1,0 +1,163 @@
+"""TOML file plus `--set a.b=c` overrides -> a checked config, its resolved TOML and its digest.
+
+Overrides are the only other source of values: no environment variables, no second file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import tomli_w
+
+from schemas.errors import ConfigError
+
+Config = TypeVar("Config", bound=pydantic.BaseModel)
+
+
+def load_config(path: str | Path, model: type[Config], *, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, apply `overrides` (each `dotted.key=value`) and check against `model`.
+
+    Raises ConfigError naming the file and the dotted key, with what was expected and found.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(tree, override)
+    return check_config(tree, model, where=str(path))
+
+
+def check_config(tree: dict[str, Any], model: type[Config], *, where: str) -> Config:
+    """Check a plain tree against `model`; ConfigError lists every bad key at once."""
+    try:
+        return model.model_validate(_floats(tree, model))
+    except pydantic.ValidationError as error:
+        lines = [_describe(problem, model) for problem in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def resolved_toml(config: pydantic.BaseModel) -> str:
+    """The whole config, defaults included, as TOML that `load_config` reads back unchanged."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def config_digest(config: pydantic.BaseModel) -> str:
+    """sha256 hex of the resolved config in canonical JSON."""
+    return digest_of(config.model_dump(mode="json"))
+
+
+def digest_of(value: Any) -> str:
+    """sha256 hex of any JSON value, independent of key order and spacing."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override!r}: expected key=value with a dotted key, such as units.rows=8")
+    node: Any = tree
+    for depth, part in enumerate(parts[:-1]):
+        node = _descend(node, part, parts[:depth], override)
+    value = _value(text)
+    last = parts[-1]
+    if isinstance(node, list):
+        node[_position(node, last, parts[:-1], override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--set {override!r}: {'.'.join(parts[:-1])} is a plain value, it has no keys")
+
+
+def _descend(node: Any, part: str, parents: Sequence[str], override: str) -> Any:
+    if isinstance(node, list):
+        return node[_position(node, part, parents, override)]
+    if isinstance(node, dict):
+        return node.setdefault(part, {})
+    raise ConfigError(f"--set {override!r}: {'.'.join(parents)} is a plain value, it has no keys")
+
+
+def _position(items: list[Any], part: str, parents: Sequence[str], override: str) -> int:
+    where = ".".join(parents)
+    if not part.isdecimal():
+        raise ConfigError(f"--set {override!r}: {where} is a list; name an item by position, {where}.0")
+    if int(part) >= len(items):
+        raise ConfigError(
+            f"--set {override!r}: {where} has {len(items)} items, the last is {where}.{len(items) - 1}; "
+            "add items in the file"
+        )
+    return int(part)
+
+
+def _value(text: str) -> Any:
+    """A TOML value where the text is one, else the text itself: paths need no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _floats(value: Any, annotation: Any) -> Any:
+    """Whole numbers where a float is meant: `max_s = 3` reads as 3.0 although the models are strict."""
+    if isinstance(value, dict):
+        fields = _fields(annotation)
+        return {k: _floats(v, fields[k].annotation) if k in fields else v for k, v in value.items()}
+    if isinstance(value, list):
+        item = next(iter(typing.get_args(annotation)), None)
+        return [_floats(v, item) for v in value]
+    if type(value) is int and _mentions_float(annotation):
+        return float(value)
+    return value
+
+
+def _fields(annotation: Any) -> dict[str, pydantic.fields.FieldInfo]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return annotation.model_fields
+    return {}
+
+
+def _mentions_float(annotation: Any) -> bool:
+    if annotation is float:
+        return True
+    if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
+        return any(_mentions_float(part) for part in typing.get_args(annotation))
+    return False
+
+
+def _describe(problem: Any, model: type[pydantic.BaseModel]) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; set it in the file or with --set {key}=..."
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key} = {problem['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _known_keys(model: type[pydantic.BaseModel], loc: Sequence[str | int]) -> list[str]:
+    annotation: Any = model
+    for part in loc:
+        if isinstance(part, int):
+            annotation = next(iter(typing.get_args(annotation)), None)
+        else:
+            annotation = _fields(annotation)[part].annotation
+    return list(_fields(annotation))

@@ -1,0 +1,230 @@
+"""Manifest files -> rows. JSONL, CSV and Parquet, streamed; a bad row is reported, never skipped in silence.
+
+Relative paths resolve against the manifest's folder. Columns that are not ours are carried through.
+Whether a video can be read is not asked here: only that the row is well-formed and its file exists.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import ManifestError
+
+VIDEO_KEYS = ("video", "video_path", "path", "media_path", "file_name")
+CAPTION_KEYS = ("caption", "text", "cap")
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+MAX_CAPTION_CHARS = 65_536
+_MAX_LINE_CHARS = 1 << 20
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One clip asked for."""
+
+    number: int
+    """Line of the file (JSONL, CSV) or row from 1 (Parquet, folder)."""
+    source: str
+    """The video as the manifest gave it."""
+    path: str
+    """Where that is, absolute."""
+    caption: str
+    start_s: float | None = None
+    end_s: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Columns carried through."""
+
+    @property
+    def key(self) -> tuple[str, float | None, float | None, str]:
+        """What makes two rows the same row."""
+        return (self.path, self.start_s, self.end_s, self.caption)
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """One row that cannot be used, in a sentence."""
+
+    number: int
+    source: str | None
+    reason: str
+    message: str
+
+    def __str__(self) -> str:
+        what = f" ({self.source})" if self.source else ""
+        return f"row {self.number}{what}: {self.message}"
+
+
+def read_manifest(path: Path) -> Iterator[ManifestRow | RowProblem]:
+    """Every row of a manifest file in order, or what is wrong with it; ManifestError for the file itself."""
+    path = Path(path)
+    if not path.is_file():
+        raise ManifestError(f"manifest {path} does not exist; make one with `latentpress scan FOLDER -o {path}`")
+    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    if path.suffix.lower() not in readers:
+        raise ManifestError(f"manifest {path}: expected a file ending in {', '.join(SUFFIXES)}")
+    folder = path.resolve().parent
+    for number, cells in readers[path.suffix.lower()](path):
+        yield cells if isinstance(cells, RowProblem) else parse_row(number, cells, folder=folder)
+
+
+def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRow | RowProblem:
+    """One row from its cells; relative paths resolve against `folder`."""
+
+    def problem(reason: str, message: str) -> RowProblem:
+        return RowProblem(number, source if isinstance(source, str) else None, reason, message)
+
+    source, *more = [cells[key] for key in VIDEO_KEYS if cells.get(key) not in (None, "")] or [None]
+    if not isinstance(source, str):
+        return problem("no_video", f"has no video; expected one of the columns {', '.join(VIDEO_KEYS)}")
+    if any(other != source for other in more):
+        return problem("two_videos", f"names two videos, {source!r} and {more[0]!r}; keep one column")
+    if "\0" in source or not _is_text(source):
+        return problem("bad_path", "the video path holds a NUL character or is not Unicode text")
+    if "://" in source:
+        return problem("remote", "remote sources are not read; copy the file and give its path")
+    caption = next((cells[key] for key in CAPTION_KEYS if cells.get(key) is not None), None)
+    if not isinstance(caption, str) or not caption.strip():
+        found = "no caption" if caption is None else f"caption {caption!r}"
+        return problem("no_caption", f"has {found}; expected text in one of {', '.join(CAPTION_KEYS)}")
+    if "\0" in caption or not _is_text(caption):
+        return problem("bad_caption", "the caption holds a NUL character or is not Unicode text")
+    if len(caption) > MAX_CAPTION_CHARS:
+        message = f"the caption has {len(caption)} characters; at most {MAX_CAPTION_CHARS} are taken"
+        return problem("bad_caption", message)
+    try:
+        start_s, end_s = (_seconds(cells.get(name), name) for name in ("start_s", "end_s"))
+    except ValueError as error:
+        return problem("bad_window", str(error))
+    if end_s is not None and end_s <= (start_s or 0.0):
+        return problem("bad_window", f"expected start_s < end_s, found start_s = {start_s}, end_s = {end_s}")
+    known = {*VIDEO_KEYS, *CAPTION_KEYS, "start_s", "end_s"}
+    return ManifestRow(
+        number=number,
+        source=source,
+        path=os.path.normpath(folder / source),
+        caption=caption,
+        start_s=start_s,
+        end_s=end_s,
+        extra={key: value for key, value in cells.items() if key not in known and value is not None},
+    )
+
+
+def split_rows(
+    items: Iterable[ManifestRow | RowProblem],
+) -> tuple[list[ManifestRow], list[RowProblem]]:
+    """Usable rows and problems; a missing file and a repeated row are problems too."""
+    rows: list[ManifestRow] = []
+    problems: list[RowProblem] = []
+    seen: dict[tuple[Any, ...], int] = {}
+    for item in items:
+        if isinstance(item, ManifestRow):
+            found = _file_problem(item)
+            if found is None and item.key in seen:
+                found = RowProblem(
+                    item.number,
+                    item.source,
+                    "duplicate",
+                    f"repeats row {seen[item.key]} (same video, window and caption); remove one",
+                )
+            if found is None:
+                seen[item.key] = item.number
+                rows.append(item)
+                continue
+            item = found
+        problems.append(item)
+    return rows, problems
+
+
+def _file_problem(row: ManifestRow) -> RowProblem | None:
+    try:
+        mode = os.stat(row.path).st_mode
+    except OSError as error:
+        message = f"the video cannot be opened: {error.strerror} ({row.path})"
+        return RowProblem(row.number, row.source, "missing_file", message)
+    if not stat.S_ISREG(mode):
+        return RowProblem(row.number, row.source, "not_a_file", "the video is not a regular file")
+    return None
+
+
+def _is_text(value: str) -> bool:
+    """False for lone surrogates, which no UTF-8 file can hold."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _seconds(value: Any, name: str) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} = {value!r}: expected seconds") from None
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"{name} = {value!r}: expected seconds from 0")
+    return seconds
+
+
+Cells = tuple[int, dict[str, Any] | RowProblem]
+
+
+def _jsonl(path: Path) -> Iterator[Cells]:
+    # newline="\n": a lone carriage return inside a caption must not split the row.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        for number in range(1, sys.maxsize):
+            line = lines.readline(_MAX_LINE_CHARS + 1)
+            if not line:
+                return
+            if len(line) > _MAX_LINE_CHARS:
+                raise ManifestError(f"{path}: line {number} is longer than {_MAX_LINE_CHARS} characters")
+            if not line.strip():
+                continue
+            yield number, _json_cells(number, line)
+
+
+def _json_cells(number: int, line: str) -> dict[str, Any] | RowProblem:
+    try:
+        line.encode()
+        cells = json.loads(line)
+    except UnicodeEncodeError:
+        return RowProblem(number, None, "bad_row", "is not UTF-8")
+    except (ValueError, RecursionError) as error:
+        return RowProblem(number, None, "bad_row", f"is not JSON: {error}")
+    if not isinstance(cells, dict):
+        return RowProblem(number, None, "bad_row", f"expected a JSON object, found {type(cells).__name__}")
+    return cells
+
+
+def _csv(path: Path) -> Iterator[Cells]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True, restkey="")
+        try:
+            for cells in reader:
+                if "" in cells:
+                    problem = f"has more cells than the header's {len(reader.fieldnames or ())}"
+                    yield reader.line_num, RowProblem(reader.line_num, None, "bad_row", problem)
+                else:
+                    yield reader.line_num, cells
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ManifestError(f"{path}: line {reader.line_num + 1} is not CSV: {error}") from error
+
+
+def _parquet(path: Path) -> Iterator[Cells]:
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(4096):
+                for cells in batch.to_pylist():
+                    number += 1
+                    yield number, cells
+    except (pa.ArrowException, OSError) as error:
+        raise ManifestError(f"{path} is not a Parquet file: {error}") from error

@@ -1,0 +1,72 @@
+"""Keyed order and keyed randomness: key in, a permutation or a random generator out; no state anywhere.
+
+A permutation is a Feistel network walked until it lands inside the range, so any position is
+computed without a shuffled array and every rank gets the same answer. Random numbers of a clip come
+from a generator keyed by that clip's visit, never from a shared stream, so that they depend on
+neither world size, packing nor what ran before. The price: torch's CPU generator keeps 32 bits of
+its seed, so one pair of visits in 2**32 shares its noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+ROUNDS = 6
+"""Feistel rounds; four already mix large ranges, six also make tiny ones (a dozen clips) uniform."""
+
+GROUP_SHARDS = 16
+"""Shards whose samples are mixed with each other: files open at once against shuffle quality."""
+
+
+def key_of(*parts: str | int) -> int:
+    """64-bit key of `parts`; the separator keeps ("a", "bc") and ("ab", "c") apart."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def keyed_generator(*parts: str | int) -> torch.Generator:
+    """A CPU generator that is a pure function of `parts`; draw on the CPU, then move."""
+    return torch.Generator().manual_seed(key_of(*parts))
+
+
+def permutation(size: int, *, key: int) -> np.ndarray:
+    """int64 [size]: every number below `size` once, in an order fixed by `key`."""
+    half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    values = np.arange(size, dtype=np.uint64)
+    outside = np.ones(size, bool)
+    # A Feistel network permutes [0, 4**half); following it until it re-enters [0, size) permutes that.
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for turn in range(ROUNDS):
+            left, right = right, (left ^ _mix(right, key + turn * 0x9E3779B97F4A7C15)) & mask
+        values[outside] = (left << half) | right
+        outside = values >= np.uint64(size)
+    return values.astype(np.int64)
+
+
+def keyed_order(shard_sizes: Sequence[int], *, key: int, group_shards: int = GROUP_SHARDS) -> np.ndarray:
+    """int64 [sum(shard_sizes)]: rows (numbered shard by shard) in training order.
+
+    Shards are permuted, then samples inside each group of `group_shards`, so that a reader touches
+    few files at a time.
+    """
+    starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
+    shards = permutation(len(shard_sizes), key=key)
+    groups = []
+    for first in range(0, len(shards), group_shards):
+        rows = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[first : first + group_shards]])
+        groups.append(rows[permutation(len(rows), key=key_of(key, first))])
+    return np.concatenate(groups) if groups else np.empty(0, np.int64)
+
+
+def _mix(values: np.ndarray, key: int) -> np.ndarray:
+    """splitmix64's finaliser, with the round key added; wraps modulo 2**64 as it should."""
+    mixed = values + np.uint64(key & (2**64 - 1))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
