@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pipeline.decode import decode_clip
+from pipeline.probe import ClipInfo
 
 from jobs.console import console, count_table, duration, print_json, size, table
-from pipeline.decode import decode_clip
 from pipeline.graph import manifest_rows, wanted_card
-from pipeline.probe import ClipInfo
 from pipeline.survey import survey
 from pipeline.text_encode import load_text_encoder
 from pipeline.video_encode import load_video_encoder
@@ -171,8 +171,12 @@ def _print(report: dict[str, Any], config: PreprocessConfig) -> None:
         for drop in report["dropped"][:20]:
             console.print(f"  row {drop['row']}  {drop['source']}: {drop['message']}")
     facts = table("", "")
-    facts.add_row("rows", f"{report['rows']} ({report['clips']} clips, {report['already_done']} done already)")
-    facts.add_row("shorter than bucket", f"{report['shorter_than_bucket']} (frames.short = {config.frames.short!r})")
+    facts.add_row(
+        "rows", f"{report['rows']} ({report['clips']} clips, {report['already_done']} done already)"
+    )
+    facts.add_row(
+        "shorter than bucket", f"{report['shorter_than_bucket']} (frames.short = {config.frames.short!r})"
+    )
     facts.add_row("video tokens", f"{report['video_tokens']:,}")
     facts.add_row("disk", f"latents {size(report['latents_bytes'])}, prompts {size(report['prompts_bytes'])}")
     if report["estimated_s"] is not None:

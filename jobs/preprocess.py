@@ -41,8 +41,5 @@ def report(config: PreprocessConfig, summary: dict[str, Any], *, over: bool) -> 
         )
     console.print(f"dataset: {config.output}  (summary.json, index.parquet, quarantine.parquet)")
     if over:
-        rate = summary["quarantine_rate"]
-        console.print(
-            f"quarantined {rate:.1%} of the rows, more than quarantine.max_rate = {config.quarantine.max_rate:.1%}: "
-            "exit code 3"
-        )
+        rate, allowed = summary["quarantine_rate"], config.quarantine.max_rate
+        console.print(f"quarantined {rate:.1%} of the rows, over quarantine.max_rate = {allowed:.1%}: exit 3")

@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.probe import ClipInfo
+
 from jobs.console import console, count_table, print_json, table
 from pipeline.commit import replace
 from pipeline.graph import manifest_items
-from pipeline.probe import ClipInfo
 from pipeline.survey import survey
 from schemas.config import PreprocessConfig
 from schemas.errors import EXIT_DONE, EXIT_GATE, ManifestError
@@ -33,7 +34,9 @@ def validate(
 ) -> int:
     """Validate `manifest`; the exit code of the command."""
     if config is None:
-        settings = check_config({"manifest": str(manifest), "output": "unused"}, PreprocessConfig, where="--set")
+        settings = check_config(
+            {"manifest": str(manifest), "output": "unused"}, PreprocessConfig, where="--set"
+        )
         allowed = 0.0
     else:
         settings = load_config(config, PreprocessConfig, overrides=overrides)

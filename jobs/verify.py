@@ -49,7 +49,7 @@ def report(dataset: Path, verdict: Verdict) -> None:
             f"{verdict.unfinished} units are not done yet; run `latentpress preprocess` with its config again"
         )
     print(
-        f"{dataset}: {verdict.samples} samples, {verdict.prompts} prompts, {verdict.quarantined} quarantined, "
-        f"{verdict.units} units, {verdict.nbytes / 1e6:.1f} MB: "
+        f"{dataset}: {verdict.samples} samples, {verdict.prompts} prompts, "
+        f"{verdict.quarantined} quarantined, {verdict.units} units, {verdict.nbytes / 1e6:.1f} MB: "
         + ("clean" if verdict.clean else f"{len(verdict.findings)} findings")
     )

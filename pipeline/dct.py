@@ -133,7 +133,7 @@ class _Transform:
             ]
         )
         self._group_frames = group_frames
-        self._pairs = [pairs.index((time, row)) for _, time, row, _ in functions]
+        self.pairs = [pairs.index((time, row)) for _, time, row, _ in functions]
         self.vertical = np.round(vertical * _VERTICAL_SCALE).astype(np.float32)
         self.horizontal = np.round(horizontal * _HORIZONTAL_SCALE)
         self._synthesis = np.stack(
@@ -151,7 +151,7 @@ class _Transform:
         _, num_frames, height, width, _ = groups.shape
         unit = _VERTICAL_SCALE * _HORIZONTAL_SCALE * 127.5
         # Pixels are x / 127.5 - 1; the products see x, so the picture of ones is taken off at the end.
-        ones = self.vertical.sum(1)[self._pairs] * self.horizontal.sum(1) / (unit / 127.5)
+        ones = self.vertical.sum(1)[self.pairs] * self.horizontal.sum(1) / (unit / 127.5)
         buffer = np.empty((height // 8, num_frames, 8, width * 3), np.float32)
         for group, latents in zip(groups, out, strict=True):
             rows = group.reshape(num_frames, height // 8, 8, width * 3).transpose(1, 0, 2, 3)
@@ -161,7 +161,7 @@ class _Transform:
                 np.copyto(pixels, block)
                 sums = self.vertical @ pixels.reshape(len(block), num_frames * 8, width * 3)
                 lines = sums.reshape(len(block), -1, width // 8, 24).astype(np.float64)
-                for channel, pair in enumerate(self._pairs):
+                for channel, pair in enumerate(self.pairs):
                     whole = lines[:, pair] @ self.horizontal[channel]
                     latents[channel, start : start + len(block)] = whole / unit - ones[channel]
 
@@ -179,7 +179,7 @@ class _Transform:
 def _dct(size: int) -> np.ndarray:
     """Orthonormal DCT-II, one basis function per row."""
     k, i = np.arange(size)[:, None], np.arange(size)[None]
-    matrix = np.sqrt(2 / size) * np.cos(np.pi * (2 * i + 1) * k / (2 * size))
+    matrix: np.ndarray = np.sqrt(2 / size) * np.cos(np.pi * (2 * i + 1) * k / (2 * size))
     matrix[0] /= np.sqrt(2)
     return matrix
 

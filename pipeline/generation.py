@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.commit import commit_once
 from pipeline.source import Source
 from schemas.card import Card
 from schemas.dataset import GENERATION_SCHEMA, Dataset, GenerationRow, generation_key
+from schemas.index import parquet_bytes
 from schemas.manifest import ManifestRow
 from schemas.sample import Family, caption_digest, sample_id
 
@@ -83,9 +83,8 @@ def add_generation(
         counts = {"added": added, "removed": len(changes) - added}
         if not changes:
             return counts
-        buffer = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(changes, schema=GENERATION_SCHEMA), buffer, compression="zstd")
-        if commit_once(dataset.generation_path(len(history)), buffer.getvalue().to_pybytes()):
+        table = pa.Table.from_pylist(changes, schema=GENERATION_SCHEMA)
+        if commit_once(dataset.generation_path(len(history)), parquet_bytes(table)):
             return counts
 
 

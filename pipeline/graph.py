@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
+from pipeline.discover import discover
 
 from pipeline.commit import commit_once, make_folder, replace
-from pipeline.discover import discover
 from pipeline.executor import open_executor
 from pipeline.generation import Unit, add_generation, known_sources, pending_units
 from pipeline.progress import Tally, track
@@ -37,7 +36,7 @@ from schemas.card import Card, card_bytes, card_path, make_card, read_card, refu
 from schemas.config import PreprocessConfig
 from schemas.dataset import Dataset
 from schemas.errors import ManifestError, RunError, StaleDatasetError
-from schemas.index import build_tables
+from schemas.index import build_tables, parquet_bytes
 from schemas.load import config_digest, resolved_toml
 from schemas.manifest import ManifestRow, RowProblem, read_manifest, split_rows
 from schemas.sample import Family
@@ -72,8 +71,8 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
 
     # Rebuilt from commit records alone.
     index, quarantine = build_tables(dataset, card)
-    replace(dataset.index_path, _parquet_bytes(index))
-    replace(dataset.quarantine_path, _parquet_bytes(quarantine))
+    replace(dataset.index_path, parquet_bytes(index))
+    replace(dataset.quarantine_path, parquet_bytes(quarantine))
     summary = summarize(dataset, config, card, rows=len(rows), index=index, quarantine=quarantine, run=run)
     replace(dataset.summary_path, (json.dumps(summary, indent=1) + "\n").encode())
     return summary
@@ -193,12 +192,6 @@ def summarize(
         "config_digest": config_digest(config),
         "last_run": run,
     }
-
-
-def _parquet_bytes(table: pa.Table) -> memoryview:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return memoryview(sink.getvalue())
 
 
 def _version(name: str) -> str:

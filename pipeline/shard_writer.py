@@ -19,7 +19,8 @@ from typing import Any
 from pipeline.commit import commit_once, make_folder, publish, temp_path
 from schemas.codec import Tensor, checksum, encode_sample
 from schemas.dataset import Dataset
-from schemas.sample import Family, FailureRecord, SampleRecord, TensorRecord, UnitCommit, unit_name
+from schemas.load import sealed_json
+from schemas.sample import FailureRecord, Family, SampleRecord, TensorRecord, UnitCommit, unit_name
 
 MEMBER_SUFFIX: dict[Family, str] = {"latents": "latents", "prompts": "prompt_embeds"}
 
@@ -58,7 +59,7 @@ class ShardWriter:
         self._dataset, self._family, self._unit, self._fingerprint = dataset, family, unit, fingerprint
         self._temp = temp_path(dataset.shard_folder(family, unit))
         self._file = _HashingFile(self._temp)
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._samples: list[SampleRecord] = []
 
     def __enter__(self) -> ShardWriter:
@@ -110,7 +111,7 @@ class ShardWriter:
         )
         path = self._dataset.commit_path(self._family, self._unit)
         make_folder(path.parent)
-        if commit_once(path, _json_bytes(record.model_dump(mode="json"))):
+        if commit_once(path, sealed_json(record.model_dump(mode="json"))):
             return record
         winner = self._dataset.commit(self._family, self._unit)
         assert winner is not None, "a commit record is never deleted"

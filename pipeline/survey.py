@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from pipeline.frames import check_window
 from pipeline.probe import ClipInfo
 from pipeline.sandbox import DecoderProcess
+
 from schemas.config import PreprocessConfig
 from schemas.errors import ClipError
 from schemas.manifest import ManifestRow

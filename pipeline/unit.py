@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess
 
 from pipeline.generation import Unit
-from pipeline.sandbox import Clip, DecoderProcess, DecodeRequest
 from pipeline.shard_writer import ShardWriter
 from pipeline.text_encode import TextEncoder, load_text_encoder
 from pipeline.video_encode import VideoEncoder, load_video_encoder, stored_latents
@@ -27,7 +27,7 @@ from schemas.codec import as_float32
 from schemas.config import PreprocessConfig
 from schemas.dataset import Dataset
 from schemas.errors import ClipError
-from schemas.sample import FailureRecord, UnitCommit
+from schemas.sample import FailureRecord
 
 DECODE_AHEAD = 2
 """Clips in the decoder's shared slots: one being encoded, one being decoded."""
@@ -144,7 +144,9 @@ class UnitWorker:
             video_s += clip.record.duration_s * clip.record.coverage
         return failures, video_s
 
-    def _clips(self, unit: Unit, seconds: dict[str, float]) -> Iterator[tuple[dict[str, Any], Clip | ClipError]]:
+    def _clips(
+        self, unit: Unit, seconds: dict[str, float]
+    ) -> Iterator[tuple[dict[str, Any], Clip | ClipError]]:
         """Every row with its clip or its failure, in order, decoded ahead in the child."""
         if self._decoder is None:
             self._decoder = self._stack.enter_context(

@@ -1,1 +1,1 @@
-"""The contract between the pipeline and the trainer: configs, records, arithmetic and the wire format; no torch, no ray."""
+"""What pipeline and trainer share: configs, records, arithmetic, the wire format; no torch, no ray."""

@@ -23,7 +23,7 @@ from schemas.config import (
     VideoEncoderConfig,
 )
 from schemas.errors import DatasetError, StaleDatasetError
-from schemas.load import digest_of
+from schemas.load import digest_of, open_sealed_json, sealed_json
 from schemas.sample import FORMAT_VERSION, Family
 from schemas.scaling import Scaling
 
@@ -36,7 +36,7 @@ class CardSettings(Settings):
     """The settings that made the numbers, to repeat them (inspection) or to compare them."""
 
     frames: FramesConfig
-    buckets: tuple[BucketConfig, ...] = pydantic.Field(strict=False)
+    buckets: tuple[BucketConfig, ...]
     resize: ResizeConfig
     video_encoder: VideoEncoderConfig
     text_encoder: TextEncoderConfig
@@ -121,29 +121,26 @@ def card_path(dataset: Path) -> Path:
 
 
 def card_bytes(card: Card) -> bytes:
-    return (json.dumps(card.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+    return sealed_json(card.model_dump(mode="json"))
 
 
 def read_card(dataset: Path) -> Card:
     """The card of a dataset; DatasetError where there is none, it is damaged, or of another format."""
     path = card_path(dataset)
     try:
-        tree = json.loads(path.read_bytes())
+        tree = open_sealed_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(f"{dataset} is not a latent dataset: it has no card.json") from None
     except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read: {error}") from error
-    version = tree.get("format_version") if isinstance(tree, dict) else None
-    if version != FORMAT_VERSION:
-        raise DatasetError(f"{path}: expected format_version {FORMAT_VERSION}, found {version!r}")
+        raise DatasetError(f"{path} is damaged: {error}") from error
+    if tree.get("format_version") != FORMAT_VERSION:
+        raise DatasetError(
+            f"{path}: expected format_version {FORMAT_VERSION}, found {tree.get('format_version')!r}"
+        )
     try:
-        card = Card.model_validate(tree)
+        return Card.model_validate_json(json.dumps(tree))
     except pydantic.ValidationError as error:
         raise DatasetError(f"{path} is damaged: {error}") from error
-    found = digest_of(card.hard)
-    if found != card.fingerprint:
-        raise DatasetError(f"{path} is damaged: its fields hash to {found[:12]}, it says {card.fingerprint[:12]}")
-    return card
 
 
 def hard_differences(have: Card, want: Card) -> dict[str, tuple[Any, Any]]:

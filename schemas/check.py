@@ -118,7 +118,9 @@ def _check_unit(
     if commit.fingerprint != card.family_fingerprint(family):
         findings.append(Finding(record, None, "was made with other settings than the card says", remedy))
     if (commit.family, commit.unit) != (family, unit):
-        findings.append(Finding(record, None, f"claims to be {unit_name(commit.family, commit.unit)}", remedy))
+        findings.append(
+            Finding(record, None, f"claims to be {unit_name(commit.family, commit.unit)}", remedy)
+        )
     if commit.shard is None:
         if commit.samples:
             findings.append(Finding(record, None, "names samples but no shard", remedy))

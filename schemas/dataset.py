@@ -12,9 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pydantic
 
 from schemas.errors import DatasetError
+from schemas.load import open_sealed_json
 from schemas.sample import Family, UnitCommit, unit_folder, unit_name
 
 GENERATION_SCHEMA = pa.schema(
@@ -66,7 +66,7 @@ class Dataset:
 
     def generations(self) -> list[pa.Table]:
         """Every manifest generation in order."""
-        tables = []
+        tables: list[pa.Table] = []
         while (path := self.generation_path(len(tables))).exists():
             try:
                 table = pq.read_table(path)
@@ -94,10 +94,10 @@ class Dataset:
         """The commit record of a unit; None where it is not done."""
         path = self.commit_path(family, unit)
         try:
-            return UnitCommit.model_validate(json.loads(path.read_bytes()))
+            return UnitCommit.model_validate_json(json.dumps(open_sealed_json(path.read_bytes())))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, pydantic.ValidationError) as error:
+        except (OSError, ValueError) as error:
             raise DatasetError(f"commit record {path} is damaged: {error}") from error
 
     def commits(self, family: Family, units: set[int]) -> Iterator[UnitCommit]:

@@ -20,7 +20,7 @@ from schemas.card import Card
 from schemas.codec import Tensor, checksum, tensor_from
 from schemas.dataset import Dataset, GenerationRow, planned_units
 from schemas.errors import DatasetError
-from schemas.sample import Family, FailureRecord, SampleRecord, TensorRecord, UnitCommit
+from schemas.sample import FailureRecord, Family, SampleRecord, TensorRecord, UnitCommit
 
 QUARANTINE_SCHEMA = pa.schema(
     [
@@ -100,6 +100,13 @@ def build_tables(dataset: Dataset, card: Card) -> tuple[pa.Table, pa.Table]:
     )
 
 
+def parquet_bytes(table: pa.Table) -> memoryview:
+    """A table as the bytes of a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return memoryview(sink.getvalue())
+
+
 Located = tuple[UnitCommit, SampleRecord]
 
 
@@ -171,7 +178,7 @@ def _read_table(path: Path, dataset: str | Path) -> pa.Table:
         return pq.read_table(path)
     except FileNotFoundError:
         raise DatasetError(
-            f"{dataset} has no {path.name}; run `latentpress preprocess` with its config again, it rebuilds it"
+            f"{dataset} has no {path.name}; running `latentpress preprocess` with its config again rebuilds it"
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path} cannot be read: {error}; delete it and run preprocess again") from error

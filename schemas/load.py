@@ -67,6 +67,23 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def sealed_json(value: dict[str, Any]) -> bytes:
+    """`value` as JSON with a `digest` of itself, so that a reader knows every later change."""
+    return json.dumps({**value, "digest": digest_of(value)}, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def open_sealed_json(data: bytes) -> dict[str, Any]:
+    """The value of `sealed_json`; ValueError where it is not JSON or does not match its digest."""
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+    said = value.pop("digest", None)
+    found = digest_of(value)
+    if found != said:
+        raise ValueError(f"its content hashes to {found[:12]}, it says {str(said)[:12]}")
+    return value
+
+
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")

@@ -69,7 +69,9 @@ def read_manifest(path: Path) -> Iterator[ManifestRow | RowProblem]:
     """Every row of a manifest file in order, or what is wrong with it; ManifestError for the file itself."""
     path = Path(path)
     if not path.is_file():
-        raise ManifestError(f"manifest {path} does not exist; make one with `latentpress scan FOLDER -o {path}`")
+        raise ManifestError(
+            f"manifest {path} does not exist; make one with `latentpress scan FOLDER -o {path}`"
+        )
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise ManifestError(f"manifest {path}: expected a file ending in {', '.join(SUFFIXES)}")

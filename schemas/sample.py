@@ -7,9 +7,7 @@ A commit record is the only proof that a unit is done, and all that the index is
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any, Literal
 
 from schemas.config import Settings
 
@@ -47,7 +45,7 @@ class TensorRecord(Settings):
     """Where one stored tensor lies in its shard, and what it is."""
 
     dtype: str
-    shape: Annotated[tuple[int, ...], Field(strict=False)]
+    shape: tuple[int, ...]
     offset: int
     """Absolute position of the payload in the shard, bytes."""
     nbytes: int
@@ -86,9 +84,9 @@ class UnitCommit(Settings):
     """Path relative to the dataset; None where every row failed."""
     sha256: str | None
     nbytes: int
-    samples: Annotated[tuple[SampleRecord, ...], Field(strict=False)]
-    quarantined: Annotated[tuple[FailureRecord, ...], Field(strict=False)] = ()
-    seconds: dict[str, float] = {}
+    samples: tuple[SampleRecord, ...]
+    quarantined: tuple[FailureRecord, ...] = ()
+    seconds: dict[str, float]
     """Wall clock by stage: decode wait, encode, write."""
 
 

@@ -6,21 +6,24 @@ numpy arrays and torch tensors alike, by arithmetic only. Shapes: [..., T, C, H,
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from schemas.config import Settings
 
 
 class Scaling(Settings):
-    """`factor`: x * factor (CogVideoX: 1.15258426 for 2B, 0.7 for 5B). `per_channel`: (x - mean) / std (Wan)."""
+    """`factor`: x * factor (CogVideoX: 1.15258426 for 2B, 0.7 for 5B).
+
+    `per_channel`: (x - mean) / std (Wan).
+    """
 
     rule: Literal["none", "factor", "per_channel"]
     factor: float = 1.0
-    mean: Annotated[tuple[float, ...], Field(strict=False)] = ()
-    std: Annotated[tuple[float, ...], Field(strict=False)] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     @model_validator(mode="after")
     def _agree(self) -> Scaling:

@@ -50,6 +50,8 @@ class Catalog:
         self.dataset = Path(dataset)
         self.card = read_card(self.dataset)
         self._table = self._read()
+        for name in self._table.column_names:
+            self._require(self._column(name).is_valid().to_numpy(False), f"a value of {name}")
         self.places = {
             name: self._places(name, shard="shard", shape="shape", dtype="dtype", rank=4)
             for name in self.card.latent_tensors
@@ -75,7 +77,7 @@ class Catalog:
         self._check()
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return len(self.shapes)
 
     def sample_id(self, row: int) -> str:
         return str(self._column("sample_id")[row].as_py())
@@ -106,10 +108,7 @@ class Catalog:
                 f"{self.dataset} holds no samples to train on; its quarantine.parquet says what failed"
             )
         order = [(name, "ascending") for name in ("shard", "sample_id", "caption_digest")]
-        self._table = table.select(columns).sort_by(order).combine_chunks()
-        for name in columns:
-            self._require(self._column(name).is_valid().to_numpy(False), f"a value of {name}")
-        return self._table
+        return table.select(columns).sort_by(order).combine_chunks()
 
     def _column(self, name: str) -> pa.Array:
         return self._table[name].chunk(0)
@@ -146,7 +145,7 @@ class Catalog:
         self._require(self.shapes[:, 1] == geometry.channels, f"{geometry.channels} latent channels")
         self._require((self.shapes[:, 2:] % PATCH == 0).all(1), f"height and width in multiples of {PATCH}")
         width = self.prompt_shapes[0, 1]
-        self._require(self.prompt_shapes[:, 1] == width, f"prompt_embeds of width {width} as in the first one")
+        self._require(self.prompt_shapes[:, 1] == width, f"prompt_embeds of width {width}, as the first")
         self._require(np.diff(self.pts_offsets) == num_frames, "one entry of pts_s per frame")
         finite = np.logical_and.reduceat(np.isfinite(self.pts_s), self.pts_offsets[:-1])
         self._require(finite, "finite pts_s")

@@ -47,7 +47,7 @@ class Schedule:
 
     def scheduler_config(self) -> dict[str, Any]:
         """The `scheduler_config.json` with which the stock pipeline samples what was trained."""
-        return asdict(self) | _FIXED | {"_class_name": "CogVideoXDDIMScheduler", "set_alpha_to_one": True}
+        return asdict(self) | _FIXED | {"_class_name": "CogVideoXDDIMScheduler"}
 
 
 _FIXED = {
@@ -55,6 +55,7 @@ _FIXED = {
     "clip_sample": False,
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
+    "set_alpha_to_one": True,
     "timestep_spacing": "trailing",
 }
 """What every CogVideoX scheduler config says."""

@@ -59,7 +59,9 @@ def keyed_order(shard_sizes: Sequence[int], *, key: int, group_shards: int = GRO
     shards = permutation(len(shard_sizes), key=key)
     groups = []
     for first in range(0, len(shards), group_shards):
-        rows = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[first : first + group_shards]])
+        rows = np.concatenate(
+            [np.arange(starts[s], starts[s + 1]) for s in shards[first : first + group_shards]]
+        )
         groups.append(rows[permutation(len(rows), key=key_of(key, first))])
     return np.concatenate(groups) if groups else np.empty(0, np.int64)
 

@@ -56,7 +56,10 @@ class SampleReader:
             latents=scale(latents, card.scaling),  # arithmetic, so never the buffer itself
             prompt_embeds=prompt_embeds.to(torch.float32, copy=True),
         )
-        for name, values in ((card.latent_tensors[0], segment.latents), ("prompt_embeds", segment.prompt_embeds)):
+        for name, values in (
+            (card.latent_tensors[0], segment.latents),
+            ("prompt_embeds", segment.prompt_embeds),
+        ):
             if not torch.isfinite(values).all():
                 raise self._damaged(name, row, "holds NaN or Inf")
         return segment
@@ -67,14 +70,14 @@ class SampleReader:
             os.close(self._files.popitem()[1])
 
     def _tensor(self, name: str, row: int, *, length: int) -> torch.Tensor:
-        """The first `length` entries along dim 0, in the stored dtype; valid until the next read of `name`."""
+        """The first `length` entries along dim 0 as stored; valid until `name` is read again."""
         places = self._catalog.places[name]
         whole, *rest = places.shape[row].tolist()
         nbytes = length * prod(rest) * DTYPES[places.dtype].itemsize
         if name not in self._buffers or len(self._buffers[name]) < nbytes:
             self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
         data = self._buffers[name][:nbytes]
-        view = memoryview(data.numpy())
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
         try:
             got = self._fill(view, places.shard_names[places.shard[row]], int(places.offset[row]))
         except OSError as error:

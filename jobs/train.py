@@ -1,0 +1,178 @@
+"""`latentpress train` and `export-model`: a config in, a trained run out; the launcher of its ranks.
+
+One rank trains in this process; more are started here, torchrun-style, each a fresh interpreter. Under
+an outer torchrun (RANK is set) this process is one of its ranks and starts none. A failing rank ends
+all and becomes one error; ranks whose launcher has died end themselves.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import FrameType
+
+from schemas.card import read_card
+from schemas.config import TrainConfig
+from schemas.errors import EXIT_DONE, EXIT_USAGE, ConfigError, LatentpressError, RunError
+from schemas.load import load_config, resolved_toml
+
+
+def train(config_path: str | Path, *, overrides: Sequence[str] = (), nproc: int = 1) -> int:
+    """Train, or resume, the run of a config on `nproc` local ranks; returns the exit code."""
+    config = load_config(config_path, TrainConfig, overrides=overrides)
+    if "RANK" in os.environ:
+        if os.environ["RANK"] == "0":
+            _write_config(config)
+        _train_here(config)
+        return EXIT_DONE
+    if _already_finished(config):
+        return EXIT_DONE
+    _write_config(config)
+    if nproc == 1:
+        _train_here(config)
+    else:
+        _launch(config, nproc)
+    return EXIT_DONE
+
+
+def export_model(checkpoint: str | Path, output: str | Path) -> int:
+    """Write a checkpoint's weights (or a run's newest) to a new folder in the diffusers layout."""
+    from trainer.checkpoint import find_checkpoint
+    from trainer.export import export
+
+    saved = find_checkpoint(Path(checkpoint))
+    export(saved, Path(output))
+    print(f"{saved.path} (step {saved.step}) -> {output}")
+    return EXIT_DONE
+
+
+def _write_config(config: TrainConfig) -> None:
+    """The resolved config, beside what it made."""
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
+
+
+def _already_finished(config: TrainConfig) -> bool:
+    """Says so where nothing is left to do; refuses another run's output before any rank starts."""
+    from trainer.curriculum import total_steps
+    from trainer.resume import resume_point
+
+    saved = resume_point(config, read_card(Path(config.dataset)))
+    if saved is None or saved.step < total_steps(config.stages):
+        return False
+    print(f"nothing to do: {saved.path} has all {saved.step} steps; raise stages.<n>.steps to train longer")
+    return True
+
+
+def _train_here(config: TrainConfig) -> None:
+    """This process as one rank: alone, or as the environment says."""
+    from trainer import parallel
+    from trainer.loop import train as run
+
+    member = parallel.Member.from_environment() if "RANK" in os.environ else parallel.Member.alone()
+    with parallel.join(member, config.mesh, deterministic=config.precision.deterministic) as world:
+        run(config, world=world)
+
+
+def _launch(config: TrainConfig, nproc: int) -> None:
+    """`nproc` ranks as child processes; RunError or ConfigError with what the first failing one said."""
+    from torch.distributed import TCPStore
+
+    # The parent holds the store, so that its port is known before any rank starts.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[Connection, int] = {}
+    ranks = []
+    for rank in range(nproc):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_rank, args=(rank, nproc, store.port, config, sender), name=f"rank {rank}", daemon=True
+        )
+        process.start()
+        sender.close()
+        pipes[receiver] = rank
+        ranks.append(process)
+    failures: list[tuple[int, str]] = []
+    with _forwarded_signals([process.pid for process in ranks if process.pid]):
+        try:
+            while pipes and not failures:
+                for receiver in wait(list(pipes)):
+                    rank = pipes.pop(receiver)
+                    failures += _outcome(receiver, rank)
+        finally:
+            if pipes:  # others wait for the failed one in a collective, and would for ever
+                for process in ranks:
+                    process.kill()
+            for process in ranks:
+                process.join()
+    if failures:
+        code, message = failures[0]
+        raise ConfigError(message) if code == EXIT_USAGE else RunError(message)
+
+
+def _outcome(receiver: Connection, rank: int) -> list[tuple[int, str]]:
+    """What a rank that ended had to say: nothing, or one failure."""
+    try:
+        result: tuple[int, str] | None = receiver.recv()
+    except EOFError:
+        return [(1, f"rank {rank} was killed (out of memory?); the last checkpoint is whole, run again to resume")]
+    return [result] if result else []
+
+
+def _rank(rank: int, size: int, port: int, config: TrainConfig, sender: Connection) -> None:
+    """A child: one rank of `_launch`; sends None when done, else (exit code, message)."""
+    import torch
+    from torch.distributed import TCPStore
+
+    from trainer import parallel
+    from trainer.loop import train as run
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which ends all ranks
+    threading.Thread(target=_die_with_launcher, daemon=True).start()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
+    member = parallel.Member(rank, rank, size, TCPStore("127.0.0.1", port, is_master=False))
+    try:
+        with parallel.join(member, config.mesh, deterministic=config.precision.deterministic) as world:
+            run(config, world=world)
+        sender.send(None)
+    except LatentpressError as error:
+        sender.send((error.exit_code, str(error)))
+        sys.exit(error.exit_code)
+    except BaseException as error:
+        traceback.print_exc()
+        sender.send((1, f"rank {rank} failed: {type(error).__name__}: {error}; its traceback is above"))
+        sys.exit(1)
+
+
+def _die_with_launcher() -> None:
+    """A killed launcher must leave no rank behind."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def _forwarded_signals(pids: Sequence[int]) -> Iterator[None]:
+    """Pass stop signals on to the ranks, which then finish their step, save and end."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for pid in pids:
+            os.kill(pid, number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

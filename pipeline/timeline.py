@@ -1,0 +1,82 @@
+"""When each picture of a video is on screen, known from its packets alone.
+
+In: one entry per picture. Out: sorted timestamps with the size and key flag of each picture, cut to a
+time window. Pure integers in the stream's time base, so that no rule built on them depends on
+floating point. Zero seconds is the first picture, whatever the container's own start time.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from schemas.errors import ClipError
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Pictures in presentation order."""
+
+    time_base: Fraction
+    """Seconds per tick."""
+    origin: int
+    """Tick of the stream's first picture: zero seconds, also inside a window."""
+    pts: tuple[int, ...]
+    """Tick at which each picture appears; strictly increasing, never empty."""
+    end: int
+    """Tick at which the last picture leaves the screen."""
+    sizes: tuple[int, ...]
+    """Bytes of each picture's packet."""
+    keys: tuple[bool, ...]
+    """Whether each picture's packet is flagged as a key frame."""
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds from the first picture's appearance to the last one's end."""
+        return float((self.end - self.pts[0]) * self.time_base)
+
+    @property
+    def fps(self) -> float:
+        """Mean pictures per second."""
+        return len(self.pts) / self.duration_s
+
+    def seconds(self, tick: int | Fraction) -> float:
+        """Seconds from the stream's first picture."""
+        return float((tick - self.origin) * self.time_base)
+
+    def window(self, start_s: float | None, end_s: float | None) -> Timeline:
+        """The pictures that appear in [start_s, end_s); ClipError `empty_window` when there are none."""
+        first = 0 if start_s is None else bisect.bisect_left(self.pts, self._tick(start_s))
+        last = len(self.pts) if end_s is None else bisect.bisect_left(self.pts, self._tick(end_s))
+        if first >= last:
+            raise ClipError(
+                "empty_window",
+                f"no picture appears in the window {start_s} s to {end_s} s; "
+                f"the clip has pictures from 0 s to {self.seconds(self.pts[-1]):.3f} s",
+            )
+        end = self.pts[last] if last < len(self.pts) else self.end
+        if end_s is not None:
+            end = min(end, self._tick(end_s))
+        return replace(
+            self,
+            pts=self.pts[first:last],
+            end=end,
+            sizes=self.sizes[first:last],
+            keys=self.keys[first:last],
+        )
+
+    def without(self, pts: Collection[int]) -> Timeline:
+        """The same timeline with some pictures taken out; at least one must stay."""
+        keep = [i for i, tick in enumerate(self.pts) if tick not in pts]
+        return replace(
+            self,
+            pts=tuple(self.pts[i] for i in keep),
+            sizes=tuple(self.sizes[i] for i in keep),
+            keys=tuple(self.keys[i] for i in keep),
+        )
+
+    def _tick(self, seconds: float) -> int:
+        """Nearest tick; the decimal the person wrote counts, not its binary neighbour."""
+        return self.origin + round(Fraction(repr(float(seconds))) / self.time_base)

@@ -1,0 +1,128 @@
+"""Manifests: three file types, aliases, relative paths, and a sentence for every bad row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from schemas.errors import ManifestError
+from schemas.manifest import ManifestRow, RowProblem, read_manifest, split_rows
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def rows_of(path: Path) -> tuple[list[ManifestRow], list[RowProblem]]:
+    return split_rows(read_manifest(path))
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]], *, bom: bool = False, newline: str = "\n") -> Path:
+    text = newline.join(json.dumps(row) for row in rows) + newline
+    path.write_bytes((b"\xef\xbb\xbf" if bom else b"") + text.encode())
+    return path
+
+
+ROWS: list[dict[str, Any]] = [
+    {"video": "a.mp4", "caption": "one", "start_s": 1.5, "end_s": 9.0, "tags": "x"},
+    {"video": "b.mp4", "caption": "two"},
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl-bom-crlf", "csv", "parquet"])
+def test_the_three_kinds_give_the_same_rows(folder: Path, kind: str) -> None:
+    if kind.startswith("jsonl"):
+        crlf = kind != "jsonl"
+        path = write_jsonl(folder / "m.jsonl", ROWS, bom=crlf, newline="\r\n" if crlf else "\n")
+    elif kind == "csv":
+        path = folder / "m.csv"
+        path.write_text("video,caption,start_s,end_s,tags\na.mp4,one,1.5,9.0,x\nb.mp4,two,,,\n")
+    else:
+        path = folder / "m.parquet"
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    rows, problems = rows_of(path)
+    assert problems == []
+    first, second = rows
+    assert (first.source, first.caption, first.start_s, first.end_s) == ("a.mp4", "one", 1.5, 9.0)
+    assert first.path == str(folder / "a.mp4")
+    assert first.extra == {"tags": "x"}
+    assert (second.source, second.start_s, second.end_s) == ("b.mp4", None, None)
+
+
+@pytest.mark.parametrize("video", ["video", "video_path", "path", "media_path", "file_name"])
+@pytest.mark.parametrize("caption", ["caption", "text", "cap"])
+def test_aliases(folder: Path, video: str, caption: str) -> None:
+    rows, problems = rows_of(write_jsonl(folder / "m.jsonl", [{video: "a.mp4", caption: "hi"}]))
+    assert problems == []
+    assert (rows[0].source, rows[0].caption) == ("a.mp4", "hi")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"caption": "x"}, "no_video"),
+        ({"video": "a.mp4", "path": "b.mp4", "caption": "x"}, "two_videos"),
+        ({"video": "a.mp4"}, "no_caption"),
+        ({"video": "a.mp4", "caption": "  "}, "no_caption"),
+        ({"video": "a.mp4", "caption": 3}, "no_caption"),
+        ({"video": "a.mp4", "caption": "a\0b"}, "bad_caption"),
+        ({"video": "a.mp4", "caption": "\ud800"}, "bad_caption"),
+        ({"video": "a.mp4", "caption": "x" * 70_000}, "bad_caption"),
+        ({"video": "a\0.mp4", "caption": "x"}, "bad_path"),
+        ({"video": "https://example.com/a.mp4", "caption": "x"}, "remote"),
+        ({"video": "a.mp4", "caption": "x", "start_s": -1}, "bad_window"),
+        ({"video": "a.mp4", "caption": "x", "start_s": "soon"}, "bad_window"),
+        ({"video": "a.mp4", "caption": "x", "start_s": 5, "end_s": 5}, "bad_window"),
+        ({"video": "gone.mp4", "caption": "x"}, "missing_file"),
+        ({"video": ".", "caption": "x"}, "not_a_file"),
+    ],
+)
+def test_a_bad_row_is_named_and_its_neighbour_kept(folder: Path, row: dict[str, Any], reason: str) -> None:
+    path = write_jsonl(folder / "m.jsonl", [row, {"video": "b.mp4", "caption": "fine"}])
+    rows, problems = rows_of(path)
+    assert [r.source for r in rows] == ["b.mp4"]
+    assert [(p.number, p.reason) for p in problems] == [(1, reason)]
+    assert str(problems[0]).startswith("row 1")
+
+
+def test_lines_that_are_no_rows(folder: Path) -> None:
+    path = folder / "m.jsonl"
+    path.write_bytes(b'{"video": "a.mp4"\n[1]\n\n\xff\xfe\n{"video": "a.mp4", "caption": "x"}\n')
+    rows, problems = rows_of(path)
+    assert [p.number for p in problems] == [1, 2, 4]
+    assert all(p.reason == "bad_row" for p in problems)
+    assert [r.number for r in rows] == [5]
+
+
+def test_repeated_rows_are_named_but_another_caption_or_window_is_not_a_repeat(folder: Path) -> None:
+    base = {"video": "a.mp4", "caption": "x"}
+    path = write_jsonl(
+        folder / "m.jsonl",
+        [base, {**base, "caption": "y"}, {**base, "start_s": 1}, {**base, "video": "./a.mp4"}],
+    )
+    rows, problems = rows_of(path)
+    assert len(rows) == 3
+    assert [(p.number, p.reason) for p in problems] == [(4, "duplicate")]
+    assert "repeats row 1" in problems[0].message
+
+
+def test_files_that_are_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="does not exist"):
+        list(read_manifest(tmp_path / "m.jsonl"))
+    (tmp_path / "m.txt").write_text("x")
+    with pytest.raises(ManifestError, match=r"ending in \.jsonl"):
+        list(read_manifest(tmp_path / "m.txt"))
+    (tmp_path / "m.parquet").write_text("x")
+    with pytest.raises(ManifestError, match="not a Parquet file"):
+        list(read_manifest(tmp_path / "m.parquet"))
+    (tmp_path / "m.csv").write_text('video,caption\n"a.mp4,x\n')
+    with pytest.raises(ManifestError, match="not CSV"):
+        list(read_manifest(tmp_path / "m.csv"))

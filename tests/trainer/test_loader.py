@@ -1,0 +1,361 @@
+"""The loader: what was written comes back, once an epoch, for every world size, from any step."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import trainer.reader
+from schemas.codec import as_float32
+from schemas.config import DataConfig, LrConfig, StageConfig, TrainConfig
+from schemas.errors import ConfigError, DatasetError
+from schemas.scaling import Scaling, scale
+from tests.trainer.datasets import PROMPT_WIDTH, SHAPES, clip_tensors, prompt_tensors, write_dataset
+from trainer.loader import Loader
+from trainer.packing import Pack, Segment
+
+BUDGET = 60
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("loader") / "latents")
+
+
+def train_config(*stages: StageConfig, seed: int = 0, **data: int) -> TrainConfig:
+    return TrainConfig(
+        dataset="",
+        output="",
+        seed=seed,
+        data=DataConfig(**{"budget_tokens": BUDGET, **data}),
+        stages=stages or (stage(),),
+    )
+
+
+def stage(name: str = "all", steps: int = 40, max_s: float | None = None) -> StageConfig:
+    return StageConfig(name=name, steps=steps, max_s=max_s, lr=LrConfig(peak=1.0))
+
+
+def numbers(dataset: Path) -> dict[str, int]:
+    """sample_id -> clip number."""
+    table = pq.read_table(dataset / "index.parquet", columns=["sample_id", "source"])
+    return dict(zip(table["sample_id"].to_pylist(), map(int, table["source"].to_pylist()), strict=True))
+
+
+def all_segments(loader: Loader, steps: int) -> list[Segment]:
+    return [segment for step in range(steps) for pack in loader.packs(step) for segment in pack.segments]
+
+
+def same(left: list[Pack], right: list[Pack]) -> bool:
+    """Equal to the last bit, in the same order."""
+    return [[segment.key for segment in pack.segments] for pack in left] == [
+        [segment.key for segment in pack.segments] for pack in right
+    ] and all(
+        torch.equal(a.latents, b.latents) and torch.equal(a.prompt_embeds, b.prompt_embeds)
+        for first, second in zip(left, right, strict=True)
+        for a, b in zip(first.segments, second.segments, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "scaling", [Scaling(rule="none"), Scaling(rule="per_channel", mean=(0.5,) * 16, std=(2.0,) * 16)]
+)
+def test_what_was_written_comes_back_scaled(tmp_path: Path, dtype: Any, scaling: Scaling) -> None:
+    dataset = write_dataset(tmp_path / "latents", store="mean", dtype=dtype, scaling=scaling)
+    clips = numbers(dataset)
+    seen = set()
+    with Loader(dataset, config=train_config()) as loader:
+        assert (loader.prompt_width, loader.card.geometry.channels) == (PROMPT_WIDTH, 16)
+        for segment in all_segments(loader, steps=8):
+            number = clips[segment.sample_id]
+            stored = as_float32(clip_tensors(number, SHAPES[number], store="mean", dtype=dtype)["latents"])
+            assert torch.equal(segment.latents, torch.from_numpy(scale(stored, scaling)))
+            assert np.array_equal(segment.prompt_embeds, prompt_tensors(number)["prompt_embeds"].data)
+            seen.add(number)
+    assert seen == set(range(len(SHAPES)))
+
+
+def test_moments_are_sampled_anew_on_every_visit(dataset: Path) -> None:
+    clips = numbers(dataset)
+    with Loader(dataset, config=train_config()) as loader:
+        visits = all_segments(loader, steps=40)
+    residues = []
+    for segment in visits:
+        number = clips[segment.sample_id]
+        stored = clip_tensors(number, SHAPES[number], store="moments", dtype="float32")
+        mean, logvar = (torch.from_numpy(stored[name].data) for name in ("mean", "logvar"))
+        residues.append((segment.latents / 0.7 - mean) / torch.exp(0.5 * logvar))
+    noise = torch.cat([residue.flatten() for residue in residues])
+    assert len(noise) > 100_000
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    keys = [segment.key for segment in visits]
+    assert len(set(keys)) == len(keys) > len(set(clips)) * 3
+    firsts = {float(residue.flatten()[0]) for residue in residues}
+    assert len(firsts) == len(keys), "two visits shared their draw"
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_ranks_together_see_what_one_rank_sees(dataset: Path, prefetch: int) -> None:
+    config = train_config(slots=4, prefetch=prefetch)
+    with Loader(dataset, config=config) as alone:
+        expected = [alone.packs(step) for step in range(12)]
+    for world_size in (2, 4):
+        for rank in range(world_size):
+            with Loader(dataset, config=config, rank=rank, world_size=world_size) as loader:
+                for step in range(12):
+                    assert same(loader.packs(step), expected[step][rank::world_size])
+    epochs = Counter(segment.key for packs in expected for pack in packs for segment in pack.segments)
+    assert set(epochs.values()) == {1}
+    assert {int(key.split("/")[2]) for key in epochs} >= {0, 1, 2}
+
+
+def test_any_step_equals_never_stopping(dataset: Path) -> None:
+    config = train_config(stage("short", 7, max_s=1.0), stage("long", 9), slots=2)
+    with Loader(dataset, config=config) as loader:
+        expected = [loader.packs(step) for step in range(16)]
+    with Loader(dataset, config=config) as loader:
+        for step in (15, 5, 6, 7, 8, 0, 14):
+            assert same(loader.packs(step), expected[step])
+    assert not same(expected[0], expected[7])
+
+
+def test_the_last_step_is_the_last(dataset: Path) -> None:
+    with Loader(dataset, config=train_config(stage(steps=3))) as loader:
+        loader.packs(2)
+        with pytest.raises(ConfigError, match="steps 0 to 2"):
+            loader.packs(3)
+
+
+def test_step_weights_count_all_ranks(dataset: Path) -> None:
+    config = train_config(stage("short", 5, max_s=1.0), stage("long", 5), slots=4)
+    with Loader(dataset, config=config) as alone, Loader(dataset, config=config, world_size=4) as one:
+        for step in range(10):
+            packs = alone.packs(step)
+            assert one.step_weights(step) == alone.step_weights(step)
+            assert one.step_weights(step).num_clips == sum(len(pack.segments) for pack in packs)
+            assert one.step_weights(step).num_video_tokens == sum(pack.num_video_tokens for pack in packs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prefix_is_the_beginning_of_the_whole(tmp_path: Path, dtype: Any) -> None:
+    dataset = write_dataset(tmp_path / "latents", store="mean", dtype=dtype)
+    config = train_config(stage("whole", 20), stage("prefix", 20, max_s=1.0))
+    with Loader(dataset, config=config) as loader:
+        whole = {segment.sample_id: segment.latents for segment in all_segments(loader, steps=20)}
+        cut = 0
+        for step in range(20, 40):
+            for pack in loader.packs(step):
+                assert pack.num_tokens <= BUDGET
+                for segment in pack.segments:
+                    full = whole[segment.sample_id]
+                    # 8 fps and 4 frames a latent: the third one ends after exactly one second.
+                    assert len(segment.latents) == min(3, len(full))
+                    assert torch.equal(segment.latents, full[:3])
+                    cut += len(segment.latents) < len(full)
+    assert cut > 5
+
+
+def test_a_prefix_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_dataset(tmp_path / "latents", store="mean", shapes=[(41, 64, 64)])
+    sizes: list[int] = []
+    preadv = os.preadv
+
+    def counting(fd: int, buffers: Any, offset: int) -> int:
+        sizes.append(preadv(fd, buffers, offset))
+        return sizes[-1]
+
+    monkeypatch.setattr(os, "preadv", counting)
+    with Loader(dataset, config=train_config(stage(max_s=1.0), budget_tokens=400, prefetch=0)) as loader:
+        loader.packs(0)
+    frame, prompt = 16 * 8 * 8 * 4, 4 * PROMPT_WIDTH * 4
+    assert sizes == [3 * frame, prompt]
+
+
+def flip(dataset: Path, column: str, *, at: int = 5) -> tuple[str, str]:
+    """Change one byte of one sample's tensor; its shard and id."""
+    table = pq.read_table(dataset / "index.parquet")
+    row = table.slice(len(table) // 2, 1).to_pylist()[0]
+    shard = row["prompt_shard" if column.startswith("prompt") else "shard"]
+    with (dataset / shard).open("r+b") as file:
+        file.seek(row[f"{column}_offset"] + at)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0x10]))
+    return shard, row["sample_id"]
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("column", ["mean", "logvar", "prompt_embeds"])
+def test_a_flipped_bit_is_found_and_named(tmp_path: Path, column: str, prefetch: int) -> None:
+    dataset = write_dataset(tmp_path / "latents")
+    with Loader(dataset, config=train_config(prefetch=prefetch)) as loader:
+        assert len(all_segments(loader, steps=8)) > len(SHAPES)
+    shard, sample = flip(dataset, column)
+    with Loader(dataset, config=train_config(prefetch=prefetch)) as loader:
+        for _ in range(2):  # and again when asked again, not an end of data
+            with pytest.raises(
+                DatasetError, match=rf"{shard}, sample {sample}: {column} has crc32:.* verify"
+            ):
+                all_segments(loader, steps=8)
+
+
+def test_a_checksum_is_taken_once_per_tensor(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    original = trainer.reader.checksum
+    monkeypatch.setattr(trainer.reader, "checksum", lambda data: taken.append(len(data)) or original(data))
+    with Loader(dataset, config=train_config()) as loader:
+        visits = all_segments(loader, steps=30)
+    assert len(taken) == 3 * len(SHAPES)
+    assert len(visits) > 2 * len(SHAPES)
+
+
+def test_a_missing_or_cut_shard_is_named(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "latents")
+    shard = sorted(dataset.glob("latents/*/*.tar"))[0]
+    name = shard.relative_to(dataset).as_posix()
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1000])
+    with (
+        Loader(dataset, config=train_config()) as loader,
+        pytest.raises(DatasetError, match=rf"shard {name}, sample \w+: mean ends after \d+ of \d+ bytes"),
+    ):
+        all_segments(loader, steps=8)
+    shard.unlink()
+    with (
+        Loader(dataset, config=train_config()) as loader,
+        pytest.raises(DatasetError, match=rf"shard {name}, sample \w+: mean cannot be read: No such file"),
+    ):
+        all_segments(loader, steps=8)
+
+
+def test_nan_is_refused_even_in_a_prefix(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "latents", store="mean", shapes=[(41, 32, 32)])
+    (row,) = pq.read_table(dataset / "index.parquet").to_pylist()
+    with (dataset / row["shard"]).open("r+b") as file:
+        file.seek(row["latents_offset"])
+        file.write(np.float32("nan").tobytes())
+    with (
+        Loader(dataset, config=train_config(stage(max_s=0.5))) as loader,
+        pytest.raises(DatasetError, match=f"sample {row['sample_id']}: latents holds NaN or Inf"),
+    ):
+        loader.packs(0)
+
+
+def change(table: pa.Table, column: str, value: Any) -> pa.Table:
+    """`table` with one value of its third row changed."""
+    rows = table.to_pylist()
+    rows[2][column] = value(rows[2][column]) if callable(value) else value
+    return pa.Table.from_pylist(rows, schema=table.schema)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("prompt_embeds_shape", lambda old: [old[1], old[0]], "prompt_embeds of width 24"),
+        ("shape", lambda old: [old[0], old[1] // 2, old[2] * 2, old[3]], "16 latent channels"),
+        ("shape", lambda old: old[:3], "a shape of 4 numbers"),
+        ("shape", lambda old: [-old[0], -old[1], old[2], old[3]], "a positive shape"),
+        ("num_frames", 17, "latent frames"),
+        ("mean_nbytes", lambda old: old - 4, "mean_nbytes to agree with shape"),
+        ("dtype", "BF16", "dtype F32 as in the first sample"),
+        ("pts_s", lambda old: old[:-1], "one entry of pts_s per frame"),
+        ("pts_s", lambda old: [*old[:-1], float("nan")], "finite pts_s"),
+        ("prompt_shard", None, "a value of prompt_shard"),
+    ],
+)
+def test_an_index_that_disagrees_names_the_sample(
+    tmp_path: Path, column: str, value: Any, message: str
+) -> None:
+    dataset = write_dataset(tmp_path / "latents")
+    table = pq.read_table(dataset / "index.parquet")
+    pq.write_table(change(table, column, value), dataset / "index.parquet")
+    sample = table["sample_id"][2].as_py()
+    with pytest.raises(DatasetError, match=f"sample {sample} in .*: expected {message}.*verify"):
+        Loader(dataset, config=train_config())
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda table: table.slice(0, 0), "holds no samples to train on"),
+        (lambda table: table.drop_columns(["pts_s"]), "has no column pts_s; run `latentpress preprocess`"),
+    ],
+)
+def test_an_index_without_rows_or_columns_says_what_to_do(
+    tmp_path: Path, edit: Callable[[pa.Table], pa.Table], message: str
+) -> None:
+    dataset = write_dataset(tmp_path / "latents")
+    pq.write_table(edit(pq.read_table(dataset / "index.parquet")), dataset / "index.parquet")
+    with pytest.raises(DatasetError, match=message):
+        Loader(dataset, config=train_config())
+
+
+def test_the_order_of_index_rows_does_not_matter(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "latents")
+    with Loader(dataset, config=train_config()) as loader:
+        expected, digest = [loader.packs(step) for step in range(6)], loader.plan_digest()
+    table = pq.read_table(dataset / "index.parquet")
+    pq.write_table(table.take(list(reversed(range(len(table))))), dataset / "index.parquet")
+    with Loader(dataset, config=train_config()) as loader:
+        assert loader.plan_digest() == digest
+        assert all(same(loader.packs(step), expected[step]) for step in range(6))
+
+
+def test_the_plan_digest_follows_whatever_changes_the_steps(dataset: Path, tmp_path: Path) -> None:
+    configs = [
+        train_config(),
+        train_config(seed=1),
+        train_config(slots=2),
+        train_config(budget_tokens=90),
+        train_config(stage("other")),
+        train_config(stage(max_s=1.0)),
+    ]
+    digests = [Loader(dataset, config=config).plan_digest() for config in configs]
+    fewer = write_dataset(tmp_path / "latents", shapes=SHAPES[:-1])
+    digests.append(Loader(fewer, config=train_config()).plan_digest())
+    assert len(set(digests)) == len(digests)
+    assert Loader(dataset, config=train_config(prefetch=0)).plan_digest() == digests[0]
+
+
+def test_a_sample_longer_than_the_budget_is_a_config_error(dataset: Path) -> None:
+    longest = next(sample for sample, number in numbers(dataset).items() if number == 4)
+    with pytest.raises(
+        ConfigError, match=rf"budget_tokens = 30: sample {longest} alone needs 38 tokens .*30 video, 8 prompt"
+    ):
+        Loader(dataset, config=train_config(budget_tokens=30))
+    Loader(dataset, config=train_config(stage(max_s=1.0), budget_tokens=30)).close()
+
+
+def test_slots_must_be_shared_evenly(dataset: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"slots = 6: .* 4 data-parallel ranks; set data.slots to 8, .* 1 or 2 or 3"
+    ):
+        Loader(dataset, config=train_config(slots=6), world_size=4)
+
+
+def test_describe_names_samples_packs_and_fill(dataset: Path) -> None:
+    with Loader(dataset, config=train_config(slots=2)) as loader:
+        first, second = loader.describe().splitlines()
+    assert first == "7 samples, 8.5 s of video, 3 shards"
+    assert second.startswith("stage all: 8 to 38 tokens a sample, 3 packs (1.5 steps) an epoch, ")
+
+
+def test_open_shards_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.reader, "MAX_OPEN_SHARDS", 3)
+    dataset = write_dataset(tmp_path / "latents", rows_per_unit=1)
+    with Loader(dataset, config=train_config(prefetch=0)) as loader:
+        before = len(os.listdir("/proc/self/fd"))
+        assert len(all_segments(loader, steps=12)) > len(SHAPES)
+        assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert len(os.listdir("/proc/self/fd")) == before

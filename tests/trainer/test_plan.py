@@ -1,0 +1,113 @@
+"""The plan: exactly once an epoch, whatever is asked for first, in packs of like cost."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.plan import BALANCE_PACKS, PackPlan, Plan, Step, rank_share
+
+
+def make_plan(lengths: list[int], *, slots: int, seed: int = 0, capacity: int = 100) -> Plan:
+    """Shards of unequal sizes: 1, 2, 3, ..."""
+    sizes: list[int] = []
+    while sum(sizes) < len(lengths):
+        sizes.append(min(len(sizes) + 1, len(lengths) - sum(sizes)))
+    return Plan(
+        np.array(lengths), shard_sizes=sizes, key=("dataset", "stage", seed), capacity=capacity, slots=slots
+    )
+
+
+def visits(steps: list[Step]) -> Counter[tuple[int, int]]:
+    return Counter((pack.epoch, row) for step in steps for pack in step for row in pack.rows)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=60),
+    slots=st.integers(1, 7),
+    seed=st.integers(0, 99),
+)
+def test_every_epoch_holds_every_sample_once(lengths: list[int], slots: int, seed: int) -> None:
+    plan = make_plan(lengths, slots=slots, seed=seed)
+    steps: list[Step] = []
+    while not steps or steps[-1][-1].epoch < 3:
+        steps.append(plan.step(len(steps)))
+        assert len(steps[-1]) == slots
+        assert all(sum(lengths[row] for row in pack.rows) <= 100 for pack in steps[-1])
+    seen = visits(steps)
+    assert set(seen.values()) == {1}, "a sample came twice in one epoch"
+    # Epochs 0 to 2 are over but for the packs that lead a step of epoch 3 not asked for yet.
+    missing = {(epoch, row) for epoch in range(3) for row in range(len(lengths))} - seen.keys()
+    assert len(missing) <= slots * max(len(pack.rows) for step in steps for pack in step)
+    following = [plan.step(len(steps) + extra) for extra in range(BALANCE_PACKS)]
+    assert missing <= visits(following).keys(), "a sample was dropped"
+
+
+def test_packs_left_over_lead_the_next_epoch() -> None:
+    plan = make_plan([100] * 7, slots=3)  # 7 packs an epoch: 1 is left over, then 2, then none
+    epochs = [[pack.epoch for pack in plan.step(step)] for step in range(7)]
+    assert Counter(sum(epochs[:2], [])) == {0: 6}
+    assert Counter(sum(epochs[2:4], [])) == {0: 1, 1: 5}
+    assert Counter(sum(epochs[4:], [])) == {1: 2, 2: 7}
+
+
+def test_any_step_in_any_order_gives_the_same() -> None:
+    lengths = [random.Random(0).randint(5, 90) for _ in range(50)]
+    forward = make_plan(lengths, slots=2)
+    steps = [forward.step(step) for step in range(80)]
+    assert steps[-1][0].epoch >= 2
+    for step in (79, 3, 41, 0, 60, 59):
+        assert forward.step(step) == steps[step]
+        assert make_plan(lengths, slots=2).step(step) == steps[step]
+
+
+def test_seeds_and_epochs_differ() -> None:
+    lengths = [10] * 100
+    plan, other = make_plan(lengths, slots=1), make_plan(lengths, slots=1, seed=1)
+    first, second, elsewhere = (
+        [row for pack in packs for row in pack.rows]
+        for packs in (
+            [plan.step(step)[0] for step in range(10)],
+            [plan.step(step)[0] for step in range(10, 20)],
+            [other.step(step)[0] for step in range(10)],
+        )
+    )
+    assert sorted(first) == sorted(second) == sorted(elsewhere) == list(range(100))
+    assert first != second != elsewhere != first
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_a_step_without_overlap(world_size: int) -> None:
+    step = [PackPlan(0, (row,)) for row in range(8)]
+    shares = [rank_share(step, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {8 // world_size}
+    assert sorted((pack.rows for share in shares for pack in share)) == [pack.rows for pack in step]
+    # What ranks run at the same time are neighbours in cost.
+    assert [pack.rows[0] for share in shares for pack in share[:1]] == list(range(world_size))
+
+
+def test_packs_of_a_step_cost_about_the_same() -> None:
+    draw = random.Random(0)
+    lengths = [1350 * draw.choice([7, 19, 37, 61, 127]) + 226 for _ in range(3000)]
+    plan = make_plan(lengths, slots=8, capacity=2 * max(lengths))
+    packs, fill = plan.epoch_size()
+    assert fill > 0.985
+
+    def cost(pack: PackPlan) -> float:
+        return sum(lengths[row] ** 2 + 18432.0 * lengths[row] for row in pack.rows)
+
+    steps = [[cost(pack) for pack in plan.step(step)] for step in range(packs // 8)]
+    busy = sum(map(sum, steps)) / sum(8 * max(step) for step in steps)
+    assert busy > 0.92
+    assert sorted(steps) != steps != sorted(steps, reverse=True), "steps must not run from cheap to dear"
+
+
+def test_epoch_size_counts_what_the_epoch_takes() -> None:
+    plan = make_plan([30] * 31, slots=1)
+    assert plan.epoch_size() == (11, pytest.approx(31 * 30 / 1100))
+    assert [plan.step(step)[0].epoch for step in (0, 10, 11)] == [0, 0, 1]

@@ -1,0 +1,183 @@
+"""Where a model comes from: a config in; its architecture, noise schedule and initial values out.
+
+`random` draws every parameter from a generator keyed by seed and name; a folder in the diffusers
+layout is read slice by slice and strictly. Either way a rank reads what it holds only. A full tensor
+is drawn even where a rank keeps a slice of it: slower for large models, equal for all world sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from schemas.bucket import PATCH
+from schemas.config import ModelConfig
+from schemas.errors import ConfigError
+from trainer.catalog import Catalog
+from trainer.objective import Schedule, read_schedule
+from trainer.order import keyed_generator
+from trainer.parallel import ReadSlice, Slices
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A transformer before it has weights."""
+
+    config: dict[str, Any]
+    """Arguments of diffusers' CogVideoXTransformer3DModel."""
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What a model must fit, as the dataset has it."""
+
+    latents: tuple[int, int, int, int]
+    """T, C, H, W of the largest clip."""
+    temporal: int
+    """Pixel frames per latent frame."""
+    prompt: tuple[int, int]
+    """S of the longest prompt, and D."""
+
+
+def data_shape(catalog: Catalog) -> DataShape:
+    """The largest clip and the longest prompt of a dataset."""
+    frames, channels, height, width = catalog.shapes[catalog.shapes.prod(1).argmax()].tolist()
+    tokens, embed_width = catalog.prompt_shapes[catalog.prompt_shapes[:, 0].argmax()].tolist()
+    return DataShape(
+        latents=(frames, channels, height, width),
+        temporal=catalog.card.geometry.temporal,
+        prompt=(tokens, embed_width),
+    )
+
+
+def architecture(model: ModelConfig, data: DataShape) -> Architecture:
+    """What `model` describes; ConfigError where its folder does not fit the dataset."""
+    if model.init == "random":
+        return Architecture(_random_config(model, data), Schedule())
+    folder = _transformer_folder(model.init)
+    config = {k: v for k, v in _read_json(folder / "config.json").items() if not k.startswith("_")}
+    _check_fits(config, data, folder)
+    for scheduler in (folder / "scheduler", folder.parent / "scheduler"):
+        if (path := scheduler / "scheduler_config.json").is_file():
+            return Architecture(config, read_schedule(path))
+    # The published models without rotary positions, the 2B family, are trained with the shifted schedule.
+    rotary = config.get("use_rotary_positional_embeddings", False)
+    return Architecture(config, Schedule() if rotary else Schedule(snr_shift_scale=3.0))
+
+
+def initial_values(init: str, model: nn.Module, *, seed: int) -> ReadSlice:
+    """The reader of a model's first weights; ConfigError where a folder's names or shapes differ from `model`'s."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if init != "random":
+        return _folder_values(_transformer_folder(init), shapes)
+
+    def read(name: str, slices: Slices) -> torch.Tensor:
+        return _random_value(name, shapes[name], seed=seed)[slices]
+
+    return read
+
+
+def _random_config(model: ModelConfig, data: DataShape) -> dict[str, Any]:
+    """A CogVideoX of version 1.0 with rotary positions, whose base grid is the dataset's largest clip."""
+    frames, channels, height, width = data.latents
+    prompt_tokens, prompt_width = data.prompt
+    return {
+        "num_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "attention_head_dim": model.attention_head_dim,
+        "time_embed_dim": model.time_embed_dim,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_embed_dim": prompt_width,
+        "max_text_seq_length": prompt_tokens,
+        "sample_frames": (frames - 1) * data.temporal + 1,
+        "sample_height": height,
+        "sample_width": width,
+        "temporal_compression_ratio": data.temporal,
+        "patch_size": PATCH,
+        "use_rotary_positional_embeddings": True,
+    }
+
+
+def _random_value(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor:
+    """Norms start as identity, biases at 0, the last layer at 0 (the first prediction is 0, not noise)."""
+    if len(shape) == 1:
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
+    if name.startswith("proj_out."):
+        return torch.zeros(shape)
+    fan_in = math.prod(shape[1:])
+    return torch.randn(shape, generator=keyed_generator(seed, "init", name)) / math.sqrt(fan_in)
+
+
+def _transformer_folder(init: str) -> Path:
+    """The folder that holds the transformer: `init` itself, or its `transformer` (a whole pipeline)."""
+    for folder in (Path(init), Path(init) / "transformer"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise ConfigError(
+        f"model.init = {init!r}: expected 'random' or a folder in the diffusers layout; "
+        f"found no config.json in it or in its folder `transformer`"
+    )
+
+
+def _check_fits(config: Mapping[str, Any], data: DataShape, folder: Path) -> None:
+    channels, (tokens, width) = data.latents[1], data.prompt
+    checks = [
+        ("in_channels", config.get("in_channels", 16), channels, "latent channels"),
+        ("text_embed_dim", config.get("text_embed_dim", 4096), width, "prompt width"),
+        ("patch_size", config.get("patch_size", 2), PATCH, "patch the dataset's tokens are counted with"),
+    ]
+    wrong = [f"{name} = {found}, the dataset has {want} ({what})" for name, found, want, what in checks if found != want]
+    if tokens > (limit := config.get("max_text_seq_length", 226)):
+        wrong.append(f"max_text_seq_length = {limit}, the dataset's longest prompt has {tokens} tokens")
+    if wrong:
+        raise ConfigError(f"model.init = {str(folder)!r} does not fit the dataset: {'; '.join(wrong)}")
+
+
+def _folder_values(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> ReadSlice:
+    index = folder / f"{WEIGHTS_NAME}.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS_NAME]
+    files: dict[str, Any] = {}
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise ConfigError(f"model.init: {path} does not exist")
+        handle = safe_open(path, framework="pt")
+        files |= dict.fromkeys(handle.keys(), handle)
+    problems = [f"{name} is missing" for name in shapes.keys() - files.keys()]
+    problems += [f"{name} is unknown to this architecture" for name in files.keys() - shapes.keys()]
+    for name in shapes.keys() & files.keys():
+        found = tuple(files[name].get_slice(name).get_shape())
+        if found != shapes[name]:
+            problems.append(f"{name}: expected {shapes[name]}, found {found}")
+    if problems:
+        raise ConfigError(
+            f"model.init: the weights in {folder} are not those its config.json describes "
+            f"({len(problems)} differences): {'; '.join(sorted(problems)[:5])}"
+        )
+
+    def read(name: str, slices: Slices) -> torch.Tensor:
+        values: torch.Tensor = files[name].get_slice(name)[slices]
+        return values
+
+    return read
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.init: {path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"model.init: {path} holds no JSON object")
+    return tree
