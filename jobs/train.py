@@ -124,7 +124,9 @@ def _outcome(receiver: Connection, rank: int) -> list[tuple[int, str]]:
     try:
         result: tuple[int, str] | None = receiver.recv()
     except EOFError:
-        return [(1, f"rank {rank} was killed (out of memory?); the last checkpoint is whole, run again to resume")]
+        return [
+            (1, f"rank {rank} was killed (out of memory?); the last checkpoint is whole, run again to resume")
+        ]
     return [result] if result else []
 
 

@@ -15,9 +15,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import av
+from av.codec.context import ThreadType
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Discard, Disposition
@@ -56,6 +59,11 @@ class Video:
     def sar(self) -> Fraction:
         """Width over height of one sample; 1 where the file does not say."""
         return self.stream.sample_aspect_ratio or Fraction(1)
+
+    @property
+    def codec(self) -> str:
+        """Name of the codec, whichever decoder serves it."""
+        return self.decoder.codec.canonical_name
 
     @property
     def container_name(self) -> str:
@@ -100,7 +108,7 @@ def describe(error: Exception) -> str:
     """One line for a person: the error's text and FFmpeg's last log line, without path or number."""
     if not isinstance(error, av.FFmpegError):
         return str(error)
-    log = error.log[1] if isinstance(error.log, tuple) else None
+    log: Any = error.log  # (level, component, message); the annotation says otherwise
     return f"{error.strerror} ({log[1]}: {log[2].strip()})" if log else str(error.strerror)
 
 
@@ -140,56 +148,129 @@ class Packets:
 
 def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
     """Read every packet once, without decoding; ClipError over a limit or when there is none."""
-    pts: list[int | None] = []
-    keys: list[bool] = []
-    shown: dict[int, tuple[int, bool, int]] = {}
+    outline: list[_Outline] = []
     kept: list[Packet[VideoStream]] | None = []
     total_bytes, damage = 0, ""
-    seconds = Fraction(video.stream.time_base or 1)
     try:
         for packet in video.container.demux(video.stream):
             if not packet.size:
                 continue
             if packet.has_sidedata("encryption_info"):
-                raise ClipError("encrypted", "the video is encrypted (DRM) and cannot be decoded without its key")
-            if len(pts) >= limits.max_frames:
+                raise ClipError("encrypted", "the video is encrypted (DRM); it needs a key to be decoded")
+            if len(outline) == limits.max_frames:
                 raise ClipError("limit_frames", f"more packets than limits.max_frames = {limits.max_frames}")
             total_bytes += packet.size
             if total_bytes > KEEP_BYTES:
                 kept = None
             if kept is not None:
                 kept.append(packet)
-            pts.append(packet.pts)
-            keys.append(packet.is_keyframe)
-            if packet.pts is not None and not packet.is_discard:
-                size, key, _ = shown.get(packet.pts, (0, False, 0))
-                shown[packet.pts] = (size + packet.size, key or packet.is_keyframe, packet.duration or 0)
+            outline.append(
+                _Outline(
+                    packet.pts, packet.duration or 0, packet.size, packet.is_keyframe, not packet.is_discard
+                )
+            )
     except MemoryError as error:
         raise ClipError("limit_memory", f"no memory for the packets: {error}") from error
     except av.FFmpegError as error:
-        damage = f"the file breaks off after {len(pts)} packets: {describe(error)}"
-    if not pts:
+        damage = f"the file breaks off after {len(outline)} packets: {describe(error)}"
+    if not outline:
         raise ClipError("no_pictures", damage or "the video stream holds no packets")
-    timed = 2 * len(shown) > len(pts) or all(tick is not None for tick in pts)
-    if timed and shown:
-        order = sorted(shown)
-        end = order[-1] + (shown[order[-1]][2] or _usual_interval(order, video.stream, seconds))
-        facts = [shown[tick] for tick in order]
-    else:
-        seconds = 1 / (video.stream.guessed_rate or video.stream.average_rate or Fraction(25))
-        order, end = list(range(len(pts))), len(pts)
-        facts = [(packet.size, packet.is_keyframe, 1) for packet in kept or ()] or [(1, False, 1)] * len(pts)
-    timeline = Timeline(
-        time_base=seconds,
-        origin=order[0],
-        pts=tuple(order),
-        end=end,
-        sizes=tuple(size for size, _, _ in facts),
-        keys=tuple(key for _, key, _ in facts),
-    )
+    timed = 2 * sum(packet.pts is not None for packet in outline) >= len(outline)
+    timeline = _timeline(outline, video.stream, timed=timed)
     if timeline.duration_s > limits.max_seconds:
         raise ClipError(
             "limit_seconds",
             f"{timeline.duration_s:.1f} s long, over limits.max_seconds = {limits.max_seconds}",
         )
-    return Packets(video, timeline, pts, keys, kept, timed, damage)
+    pts = [packet.pts for packet in outline]
+    return Packets(video, timeline, pts, [packet.key for packet in outline], kept, timed, damage)
+
+
+class _Outline(NamedTuple):
+    """What stays of a packet when its payload does not."""
+
+    pts: int | None
+    duration: int
+    size: int
+    key: bool
+    shown: bool
+
+
+def _timeline(outline: Sequence[_Outline], stream: VideoStream, *, timed: bool) -> Timeline:
+    """Presentation order of the packets that show a picture; without timestamps, a constant rate."""
+    rate = stream.guessed_rate or stream.average_rate or Fraction(25)
+    if not timed:
+        pictures = {i: packet._replace(duration=1) for i, packet in enumerate(outline)}
+        time_base = 1 / rate
+    else:
+        pictures = {}
+        for packet in outline:
+            if packet.pts is not None and packet.shown:
+                twin = pictures.get(packet.pts)
+                pictures[packet.pts] = packet if twin is None else packet._replace(key=packet.key or twin.key)
+        time_base = stream.time_base or 1 / rate
+    if not pictures:
+        raise ClipError("no_pictures", "the file's edit list hides every picture")
+    pts = sorted(pictures)
+    last = pictures[pts[-1]].duration
+    if last <= 0:
+        steps = sorted(b - a for a, b in pairwise(pts))
+        last = steps[len(steps) // 2] if steps else max(1, round(1 / (rate * time_base)))
+    return Timeline(
+        time_base=time_base,
+        origin=pts[0],
+        pts=tuple(pts),
+        end=pts[-1] + last,
+        sizes=tuple(pictures[tick].size for tick in pts),
+        keys=tuple(pictures[tick].key for tick in pts),
+    )
+
+
+def _regular_file_bytes(path: str, limits: LimitsConfig) -> int:
+    """Size of a regular, non-empty file within limits; opening anything else could hang."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in _CONTENT_ERRORS:
+            raise RunError(f"{path} cannot be read now: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ClipError("open_failed", f"cannot be opened: {reason}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
+        raise ClipError("open_failed", f"expected a regular file, found {kind}")
+    if found.st_size == 0:
+        raise ClipError("empty_file", "the file is empty")
+    if found.st_size > limits.max_bytes:
+        raise ClipError(
+            "limit_bytes", f"{found.st_size} bytes, over limits.max_bytes = {limits.max_bytes}"
+        )
+    return found.st_size
+
+
+def _open(path: str) -> InputContainer:
+    # "file:" keeps a name such as "http:..." or "-x" a file name; metadata may be in any encoding.
+    options = {"protocol_whitelist": "file,pipe", "format_whitelist": FORMATS}
+    return av.open(f"file:{os.path.abspath(path)}", metadata_errors="ignore", options=options)
+
+
+def _video_stream(container: InputContainer) -> VideoStream | None:
+    """FFmpeg's best video stream that is not cover art."""
+    best = container.streams.best("video")
+    candidates = [best] if isinstance(best, VideoStream) else []
+    candidates += container.streams.video
+    return next((s for s in candidates if not s.disposition & Disposition.attached_pic), None)
+
+
+def _decoder(stream: VideoStream) -> VideoCodecContext:
+    # A stream whose codec FFmpeg cannot name has no context, although the annotation promises one.
+    decoder: VideoCodecContext | None = stream.codec_context
+    if decoder is None:
+        raise ClipError("no_decoder", "this build of FFmpeg has no decoder for the video stream's codec")
+    if stream.metadata.get("alpha_mode") == "1" and decoder.codec.canonical_name in _ALPHA_DECODERS:
+        size = (decoder.width, decoder.height)
+        decoder = av.CodecContext.create(_ALPHA_DECODERS[decoder.codec.canonical_name], "r")
+        assert isinstance(decoder, VideoCodecContext)
+        decoder.width, decoder.height = size
+    decoder.thread_count = 1
+    decoder.thread_type = ThreadType.NONE
+    return decoder

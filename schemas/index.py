@@ -178,7 +178,7 @@ def _read_table(path: Path, dataset: str | Path) -> pa.Table:
         return pq.read_table(path)
     except FileNotFoundError:
         raise DatasetError(
-            f"{dataset} has no {path.name}; running `latentpress preprocess` with its config again rebuilds it"
+            f"{dataset} has no {path.name}; run `latentpress preprocess` with its config again to rebuild it"
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{path} cannot be read: {error}; delete it and run preprocess again") from error

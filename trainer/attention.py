@@ -44,7 +44,7 @@ def segment_lengths(bounds: Sequence[int], *, num_tokens: int) -> list[int]:
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if not lengths or bounds[0] != 0 or bounds[-1] != num_tokens or min(lengths) < 1:
         raise ValueError(
-            f"cu_seqlens must rise strictly from 0 to the number of tokens, {num_tokens}; found {list(bounds)}"
+            f"cu_seqlens must rise strictly from 0 to the number of tokens, {num_tokens}; found {bounds}"
         )
     return lengths
 
@@ -65,7 +65,7 @@ ROUTES: dict[str, AttentionFunction] = {"sdpa": sdpa}
 def choose_attention(
     setting: Literal["auto", "sdpa"], *, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
 ) -> Attention:
-    """The route of `setting`, probed with the run's device, type and head shape; RunError where it is wrong."""
+    """The route of `setting`, probed with the run's device, type and heads; RunError where it is wrong."""
     if setting == "auto":
         name, reason = "sdpa", f"auto on {device.type}: one call per segment needs no mask and no padding"
     else:
@@ -73,8 +73,9 @@ def choose_attention(
     error = probe(ROUTES[name], device=device, dtype=dtype, heads=heads, head_dim=head_dim)
     if not error <= TOLERANCE[dtype]:
         raise RunError(
-            f"attention route {name!r} disagrees with the float32 reference on this machine: relative error "
-            f"{error:.1e}, expected at most {TOLERANCE[dtype]:.0e} in {dtype}; set model.attention to another route"
+            f"attention route {name!r} disagrees with the float32 reference on this machine: relative "
+            f"error {error:.1e}, expected at most {TOLERANCE[dtype]:.0e} in {dtype}; set model.attention to "
+            "another route"
         )
     return Attention(name, f"{reason}; probe error {error:.0e}", ROUTES[name])
 

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from schemas.errors import ConfigError
 from trainer.parallel import World
@@ -75,8 +76,8 @@ def find_checkpoint(path: Path) -> Saved:
     saved = read_checkpoint(path) or newest(path) or newest(checkpoints_folder(path))
     if saved is None:
         raise ConfigError(
-            f"{path}: expected a checkpoint (step-N), or a run folder that has one in {checkpoints_folder(path)}; "
-            "found no complete one"
+            f"{path}: expected a checkpoint (step-N), or a run folder with one in "
+            f"{checkpoints_folder(path)}; found no complete one"
         )
     return saved
 
@@ -100,7 +101,9 @@ def save(
         temporary.mkdir(parents=True)
     world.barrier()
     # Flushes each rank's file to disk before it returns.
-    dcp.save({"model": model.state_dict(), "optim": optimizer_state(model, optimizer)}, checkpoint_id=temporary)
+    save_state(
+        {"model": model.state_dict(), "optim": optimizer_state(model, optimizer)}, checkpoint_id=temporary
+    )
     world.barrier()
     if world.is_main:
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
@@ -121,7 +124,7 @@ def save(
 
 def load_model(saved: Saved, model: nn.Module) -> None:
     """Read weights into a sharded model, in place; strict, whatever the number of ranks."""
-    dcp.load({"model": model.state_dict()}, checkpoint_id=saved.path)
+    load_state({"model": model.state_dict()}, checkpoint_id=saved.path)
 
 
 def load_optimizer(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -133,7 +136,7 @@ def load_optimizer(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimi
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-    dcp.load({"optim": optimizer_state(model, optimizer)}, checkpoint_id=saved.path)
+    load_state({"optim": optimizer_state(model, optimizer)}, checkpoint_id=saved.path)
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:

@@ -60,9 +60,16 @@ class PackedInputs:
             "segments": (len(lengths), segments),
             "max_seqlen": (self.max_seqlen, max(lengths)),
             "cos": (tokens if self.cos is None else len(self.cos), tokens),
-            "positions": (len(self.video) if self.positions is None else len(self.positions), len(self.video)),
+            "positions": (
+                len(self.video) if self.positions is None else len(self.positions),
+                len(self.video),
+            ),
         }
-        wrong = [f"{name}: expected {want}, found {found}" for name, (found, want) in checks.items() if found != want]
+        wrong = [
+            f"{name}: expected {want}, found {found}"
+            for name, (found, want) in checks.items()
+            if found != want
+        ]
         if wrong:
             raise ValueError("a pack's parts disagree; " + "; ".join(wrong))
 
@@ -70,10 +77,11 @@ class PackedInputs:
         """The same pack with its tensors on `device`."""
         if device == self.video.device:
             return self
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedInputs(
-            **{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in values.items()}
-        )
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in values.items():
+            if torch.is_tensor(value):
+                values[name] = value.to(device, non_blocking=True)
+        return PackedInputs(**values)
 
 
 def collate(
@@ -82,15 +90,17 @@ def collate(
     """Noisy `latents` [T, C, H, W], `prompts` [S, D] and one timestep per clip, for a diffusers `config`."""
     count = len(latents)
     if not count == len(prompts) == len(timesteps):
-        raise ValueError(f"expected as many of each, found {count} latents, {len(prompts)} prompts, {timesteps = }")
+        raise ValueError(
+            f"expected as many of each, found {count} latents, {len(prompts)} prompts, {timesteps = }"
+        )
     patch, patch_t = config.patch_size, config.patch_size_t or 1
     grids = [(t // patch_t, h // patch, w // patch) for t, _, h, w in (x.shape for x in latents)]
     video_lengths = [t * h * w for t, h, w in grids]
     text_lengths = [len(prompt) for prompt in prompts]
     bounds = [0, *itertools.accumulate(a + b for a, b in zip(text_lengths, video_lengths, strict=True))]
     rows = torch.arange(bounds[-1])
-    video_rows = rows[: sum(video_lengths)].split(video_lengths)
-    text_rows = rows[sum(video_lengths) :].split(text_lengths)
+    video_rows = torch.split(rows[: sum(video_lengths)], video_lengths)
+    text_rows = torch.split(rows[sum(video_lengths) :], text_lengths)
     order = torch.cat([part for pair in zip(text_rows, video_rows, strict=True) for part in pair])
     is_text = order >= sum(video_lengths)
     segment = torch.repeat_interleave(torch.arange(count), torch.tensor(bounds).diff())
@@ -118,10 +128,10 @@ def patchify(latents: torch.Tensor, *, patch: int, patch_t: int) -> torch.Tensor
     """
     frames, channels, height, width = latents.shape
     if frames % patch_t or height % patch or width % patch:
-        raise ValueError(f"expected multiples of the patch {(patch_t, patch, patch)}, found {tuple(latents.shape)}")
-    cut = latents.reshape(
-        frames // patch_t, patch_t, channels, height // patch, patch, width // patch, patch
-    )
+        raise ValueError(
+            f"expected multiples of the patch {(patch_t, patch, patch)}, found {tuple(latents.shape)}"
+        )
+    cut = latents.reshape(frames // patch_t, patch_t, channels, height // patch, patch, width // patch, patch)
     return cut.permute(0, 3, 5, 2, 1, 4, 6).flatten(3).flatten(0, 2)
 
 

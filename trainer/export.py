@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
 
 from schemas.errors import ConfigError
 from trainer.checkpoint import Saved
@@ -29,14 +29,16 @@ def export(saved: Saved, output: Path) -> None:
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(**architecture.config)
     weights = {name: torch.empty(tensor.shape) for name, tensor in model.state_dict().items()}
-    dcp.load({"model": weights}, checkpoint_id=saved.path, no_dist=True)
+    load_state({"model": weights}, checkpoint_id=saved.path, no_dist=True)
     model.load_state_dict(weights, assign=True)
     temporary = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     scheduler = temporary / "scheduler" / "scheduler_config.json"
     scheduler.parent.mkdir()
-    scheduler.write_text(json.dumps(architecture.schedule.scheduler_config(), indent=2) + "\n", encoding="utf-8")
+    scheduler.write_text(
+        json.dumps(architecture.schedule.scheduler_config(), indent=2) + "\n", encoding="utf-8"
+    )
     if output.is_dir():
         output.rmdir()
     temporary.rename(output)

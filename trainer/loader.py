@@ -73,6 +73,7 @@ class Loader:
 
     def packs(self, step: int) -> list[Pack]:
         """data.slots / world_size packs of this rank, for global `step` (counted over all stages)."""
+        stage_at(step, self._config.stages)  # refuses a step outside the run
         if step != self._next_step:
             self._seek(step)
         self._next_step = None  # stays so where reading fails: the next call then starts afresh
@@ -129,7 +130,6 @@ class Loader:
         return stage, self._plans[stage.name].plan.step(step_in_stage)
 
     def _seek(self, step: int) -> None:
-        stage_at(step, self._config.stages)
         for pending in self._pending:
             pending.cancel()
         self._pending.clear()

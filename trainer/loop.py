@@ -13,11 +13,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
-from torch import nn
 
 from schemas.config import StageConfig, TrainConfig
 from schemas.errors import RunError
@@ -41,13 +42,31 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they take the machine away."""
 
 
+@dataclass(frozen=True)
+class Run:
+    """What stays the same over all stages."""
+
+    config: TrainConfig
+    world: World
+    loader: Loader
+    plan: Architecture
+    attention: Attention
+    objective: VObjective
+    metrics: Metrics | None
+    """On rank 0."""
+    received: list[signal.Signals]
+    """Stop signals so far."""
+
+
 def train(config: TrainConfig, *, world: World) -> None:
     """Train to the end of the last stage, or until a stop signal; the same call resumes."""
     output, dataset, total = Path(config.output), Path(config.dataset), total_steps(config.stages)
     with Loader(dataset, config=config, rank=world.rank, world_size=world.size) as loader:
         saved: Saved | None = world.from_main(resume_point(config, loader.card) if world.is_main else None)
         step = saved.step if saved else 0
-        plan = saved_architecture(saved) if saved else architecture(config.model, data_shape(Catalog(dataset)))
+        plan = (
+            saved_architecture(saved) if saved else architecture(config.model, data_shape(Catalog(dataset)))
+        )
         attention = choose_attention(
             config.model.attention,
             device=world.device,
@@ -55,139 +74,147 @@ def train(config: TrainConfig, *, world: World) -> None:
             heads=plan.config["num_attention_heads"],
             head_dim=plan.config["attention_head_dim"],
         )
-        objective = VObjective(plan.schedule)
-        meta = run_meta(config, card=loader.card, plan_digest=loader.plan_digest(), architecture=plan, world=world)
-        if world.is_main:
-            print(f"{loader.describe()}\nattention {attention.name}: {attention.reason}", flush=True)
-            if saved:
-                print(f"resuming after step {step} of {saved.path}", flush=True)
-                if saved.meta["plan_digest"] != meta["plan_digest"]:
-                    print("the samples or stages have changed since; the order of samples is a new one", flush=True)
+        world.say(loader.describe())
+        world.say(f"attention {attention.name}: {attention.reason}")
+        if saved:
+            world.say(f"resuming after step {step} from {saved.path}")
+            if saved.meta["plan_digest"] != loader.plan_digest():
+                world.say("the samples or the stages have changed since: their order is a new one from here")
         recorder = Metrics(output, first_step=step, total_steps=total) if world.is_main else nullcontext()
         with recorder as metrics, stop_signals() as received:
-            durations: deque[float] = deque(maxlen=20)
-            stopping = False
-            while step < total and not stopping:
-                # One stage: a fresh model with the newest weights; moments only where they are this stage's.
-                stage, step_in_stage = stage_at(step, config.stages)
-                model, optimizer = build(config, stage, plan, attention=attention, saved=saved, world=world)
-                for step_in_stage in range(step_in_stage, stage.steps):
-                    started = time.perf_counter()
-
-                    # Fetch this rank's packs; a thread has read them while the last step ran.
-                    packs, sizes = loader.packs(step), loader.step_weights(step)
-                    waited = time.perf_counter() - started
-
-                    # Forward and backward, pack by pack: losses are shares of the whole step's, so they add up.
-                    loss, culprits = 0.0, []
-                    for pack in packs:
-                        pack_loss, errors = forward(model, pack, sizes, objective=objective, config=config, world=world)
-                        pack_loss.backward()
-                        loss += pack_loss.item()
-                        culprits += [s.sample_id for s, ok in zip(pack.segments, errors.isfinite(), strict=True) if not ok]
-
-                    # Clip. The norm is that of the summed gradients, so every rank takes the same decision.
-                    norm = clip_grad_norm(model.parameters(), max_norm=config.optim.max_grad_norm)
-                    if not math.isfinite(norm):
-                        raise RunError(
-                            f"step {step} has a gradient norm of {norm}; clips with a loss that is not finite on "
-                            f"rank {world.rank}: {', '.join(culprits) or 'none'}; weights were not changed, lower "
-                            "the stage's lr or look at these clips with `latentpress inspect`"
-                        )
-
-                    # Step, with the learning rate of this step's number.
-                    lr = lr_at(step_in_stage, stage.lr, steps=stage.steps)
-                    set_lr(optimizer, lr)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    step += 1
-
-                    # The one collective of the step's end: what is logged, and whether any rank was told to stop.
-                    tokens = sum(pack.num_tokens for pack in packs)
-                    loss, tokens, told = world.sum([loss, tokens, len(received)])
-                    stopping = told > 0
-                    durations.append(time.perf_counter() - started)
-                    if metrics:
-                        metrics.log(
-                            StepRecord(
-                                step=step,
-                                stage=stage.name,
-                                loss=loss,
-                                grad_norm=norm,
-                                lr=lr,
-                                tokens=int(tokens),
-                                tokens_per_s=tokens / durations[-1],
-                                fill=tokens / (config.data.slots * config.data.budget_tokens),
-                                data_wait=waited / durations[-1],
-                                seconds=durations[-1],
-                                eta_s=(total - step) * sum(durations) / len(durations),
-                            )
-                        )
-
-                    # Save: at intervals, at the end of a stage, and when told to stop.
-                    last = step_in_stage + 1 == stage.steps
-                    if last or stopping or step % config.checkpoint.every == 0:
-                        saved = checkpoint.save(
-                            output,
-                            step=step,
-                            model=model,
-                            optimizer=optimizer,
-                            meta={"stage": stage.name, **meta},
-                            world=world,
-                            keep=config.checkpoint.keep,
-                        )
-                    if stopping:
-                        break
-        if world.is_main and saved:
-            if step == total:
-                print(f"finished: {step} steps, weights in {saved.path}, curve in {output / 'loss.png'}", flush=True)
-            else:
-                print(f"{received[0].name}: saved {saved.path}; requeue me, the same command resumes", flush=True)
+            objective = VObjective(plan.schedule)
+            run = Run(config, world, loader, plan, attention, objective, metrics, received)
+            while step < total:
+                saved = train_stage(run, step, saved)
+                step = saved.step
+                if saved.meta["stopped"]:
+                    break
+    if step < total and saved:
+        world.say(f"stopped by a signal: {saved.path} is whole; requeue me, the same command resumes")
+    elif saved:
+        world.say(f"finished: {step} steps; weights in {saved.path}, loss curve in {output / 'loss.png'}")
 
 
-def build(
-    config: TrainConfig, stage: StageConfig, plan: Architecture, *, attention: Attention, saved: Saved | None, world: World
-) -> tuple[PackedCogVideoX, torch.optim.AdamW]:
+def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
+    """From global `step` to the end of its stage, or to a stop signal; returns the checkpoint of its end."""
+    config, world = run.config, run.world
+    stage, done = stage_at(step, config.stages)
+    meta = run_meta(config, loader=run.loader, architecture=run.plan, world=world)
+    model, optimizer = build(run, stage, saved)
+    durations: deque[float] = deque(maxlen=20)
+    for step_in_stage in range(done, stage.steps):
+        started = time.perf_counter()
+
+        # Fetch this rank's packs; a thread has read them while the last step ran.
+        packs, sizes = run.loader.packs(step), run.loader.step_weights(step)
+        waited = time.perf_counter() - started
+
+        # Forward and backward, pack by pack; their losses are shares of the whole step's, so they add up.
+        loss, bad_clips = 0.0, []
+        for pack in packs:
+            pack_loss, errors = forward(run, model, pack, sizes)
+            pack_loss.backward()
+            loss += pack_loss.item()
+            bad_clips += [pack.segments[i].sample_id for i in errors.isfinite().logical_not().nonzero()]
+
+        # Clip. The norm is that of the summed gradients, so every rank takes the same decision.
+        norm = clip_grad_norm(model.parameters(), max_norm=config.optim.max_grad_norm)
+        if not math.isfinite(norm):
+            raise RunError(
+                f"step {step}: the gradient norm is {norm}; clips with a loss that is not finite: "
+                f"{', '.join(world.gather(bad_clips)) or 'none'}; checkpoints are from before, so lower the "
+                "stage's lr, or look at these clips with `latentpress inspect`"
+            )
+
+        # Step, with the learning rate of this step's number.
+        lr = lr_at(step_in_stage, stage.lr, steps=stage.steps)
+        set_lr(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        # The one collective of a step's end: what is logged, and whether any rank was told to stop.
+        local_tokens = sum(pack.num_tokens for pack in packs)
+        loss, tokens, told = world.sum([loss, local_tokens, len(run.received)])
+        durations.append(time.perf_counter() - started)
+        if run.metrics:
+            record = StepRecord(
+                step=step,
+                stage=stage.name,
+                loss=loss,
+                grad_norm=norm,
+                lr=lr,
+                tokens=int(tokens),
+                tokens_per_s=tokens / durations[-1],
+                fill=tokens / (config.data.slots * config.data.budget_tokens),
+                data_wait=waited / durations[-1],
+                seconds=durations[-1],
+                eta_s=(total_steps(config.stages) - step) * sum(durations) / len(durations),
+            )
+            run.metrics.log(record)
+
+        # Save at intervals, at the end of the stage, and when told to stop.
+        ending = told > 0 or step_in_stage + 1 == stage.steps
+        if ending or step % config.checkpoint.every == 0:
+            saved = checkpoint.save(
+                Path(config.output),
+                step=step,
+                model=model,
+                optimizer=optimizer,
+                meta={"stage": stage.name, "stopped": told > 0, **meta},
+                world=world,
+                keep=config.checkpoint.keep,
+            )
+        if ending:
+            break
+    assert saved is not None  # a stage has at least one step, and its last one is saved
+    return saved
+
+
+def build(run: Run, stage: StageConfig, saved: Saved | None) -> tuple[PackedCogVideoX, torch.optim.AdamW]:
     """A sharded model and its optimizer as they are before the next step of `stage`."""
+    config = run.config
     with torch.device("meta"):
-        model = PackedCogVideoX.build(plan.config, attention=attention.function)
+        model = PackedCogVideoX.build(run.plan.config, attention=run.attention.function)
     table = set_trainable(model, stage.trainable)
-    if world.is_main:
-        print("\n".join([f"stage {stage.name}: {stage.steps} steps", *(f"  {row}" for row in table)]), flush=True)
+    run.world.say("\n  ".join([f"stage {stage.name}: {stage.steps} steps", *table]))
     read = None if saved else initial_values(config.model.init, model, seed=config.seed)
-    shard(model, blocks=model.transformer_blocks, world=world, precision=config.precision)
-    fill(model, read, device=world.device)
+    shard(model, blocks=model.transformer_blocks, world=run.world, precision=config.precision)
+    fill(model, read, device=run.world.device)
     optimizer = make_optimizer(model, config.optim)
     if saved:
         checkpoint.load_model(saved, model)
-        if saved.meta["stage"] == stage.name:
+        if saved.meta["stage"] == stage.name:  # a new stage starts with fresh moments
             checkpoint.load_optimizer(saved, model, optimizer)
     return model, optimizer
 
 
 def forward(
-    model: nn.Module, pack: Pack, sizes: StepWeights, *, objective: VObjective, config: TrainConfig, world: World
+    run: Run, model: PackedCogVideoX, pack: Pack, sizes: StepWeights
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(this pack's share of the step's loss, error of each clip); noise and timesteps come from the clips' keys."""
-    layout = model.config
+    """(this pack's share of the step's loss, error of each clip).
+
+    Noise and timesteps come from the clips' keys, so they are the same on any rank and in any pack.
+    """
+    objective, device, layout = run.objective, run.world.device, model.config
     noisy, targets, timesteps = [], [], []
     for segment in pack.segments:
         clean = fill_patches(segment.latents, patch_t=layout.patch_size_t)
-        timesteps.append(objective.draw_timestep(segment.key))
-        clip, target = objective.noised(clean, key=segment.key, timestep=timesteps[-1])
+        timestep = objective.draw_timestep(segment.key)
+        clip, target = objective.noised(clean, key=segment.key, timestep=timestep)
         noisy.append(clip)
         targets.append(patchify(target, patch=layout.patch_size, patch_t=layout.patch_size_t or 1))
+        timesteps.append(timestep)
     prompts = [segment.prompt_embeds for segment in pack.segments]
-    inputs = collate(noisy, prompts, timesteps, config=layout).to(world.device)
-    prediction = model(inputs)
-    errors = clip_errors(prediction, torch.cat(targets).to(world.device), lengths=inputs.video_lengths)
+    inputs = collate(noisy, prompts, timesteps, config=layout).to(device)
+    errors = clip_errors(model(inputs), torch.cat(targets).to(device), lengths=inputs.video_lengths)
     weights = clip_weights(
         [segment.num_video_tokens for segment in pack.segments],
-        normalize=config.loss.normalize,
+        normalize=run.config.loss.normalize,
         step_clips=sizes.num_clips,
         step_tokens=sizes.num_video_tokens,
     )
-    return (errors * weights.to(world.device)).sum(), errors.detach()
+    return (errors * weights.to(device)).sum(), errors.detach()
 
 
 @contextmanager
@@ -198,7 +225,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         yield received
     finally:

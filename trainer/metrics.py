@@ -5,6 +5,7 @@ Only rank 0 has one. Console lines come at most once a second, so a fast run doe
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -13,7 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-COLUMNS = f"{'step':>13}  {'stage':<10} {'loss':>8} {'grad':>8} {'lr':>8} {'tokens/s':>9} {'fill':>6} {'wait':>6} {'ETA':>8}"
+COLUMNS = (
+    f"{'step':>13}  {'stage':<10} {'loss':>8} {'grad':>8} {'lr':>8} "
+    f"{'tokens/s':>9} {'fill':>6} {'wait':>6} {'ETA':>8}"
+)
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,12 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, losses, ".", color="tab:blue", alpha=0.3, label="each step")
     axes.plot(steps, means, color="tab:blue", linewidth=2, label=f"mean of the last {window} steps")
-    for before, record in zip(records, records[1:], strict=False):
+    for before, record in itertools.pairwise(records):
         if before["stage"] != record["stage"]:
             axes.axvline(record["step"] - 0.5, color="0.6", linestyle="--", linewidth=1)
-            axes.annotate(f" {record['stage']}", (record["step"], 1), xycoords=("data", "axes fraction"), va="top")
+            axes.annotate(
+                f" {record['stage']}", (record["step"], 1), xycoords=("data", "axes fraction"), va="top"
+            )
     axes.set(title="Training loss", xlabel="optimizer step", ylabel="squared error of v, mean over clips")
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)

@@ -25,14 +25,14 @@ from trainer.collate import PackedInputs
 class PackedBlock(CogVideoXBlock):
     """One transformer block on a flat stream."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: torch.Tensor, temb: torch.Tensor, inputs: PackedInputs, attention: AttentionFunction
     ) -> torch.Tensor:
         """[L, E], [B, time_embed_dim] -> [L, E]."""
         # temb is an argument of its own: FSDP reduces a block's gradients once those of the tensors
         # it was called with are known, and the modulation layers reach only temb.
         h, gate = _modulate(self.norm1, x, temb, inputs.modulation_row)
-        attn = self.attn1
+        attn: Any = self.attn1
         q, k, v = (layer(h).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
         if attn.norm_q is not None:
             q, k = attn.norm_q(q), attn.norm_k(k)
@@ -41,7 +41,8 @@ class PackedBlock(CogVideoXBlock):
         out = attention(q, k, v, inputs.cu_seqlens, inputs.max_seqlen)
         x = x + gate * attn.to_out[0](out.flatten(1))
         h, gate = _modulate(self.norm2, x, temb, inputs.modulation_row)
-        return x + gate * self.ff(h)
+        x = x + gate * self.ff(h)
+        return x
 
 
 class PackedCogVideoX(CogVideoXTransformer3DModel):
@@ -53,7 +54,7 @@ class PackedCogVideoX(CogVideoXTransformer3DModel):
     def build(cls, config: Mapping[str, Any], *, attention: AttentionFunction) -> PackedCogVideoX:
         """A model of a diffusers config; ConfigError where packing does not cover a feature of it."""
         check_supported(config)
-        model = cls(**config)
+        model: PackedCogVideoX = cls(**config)
         for block in model.transformer_blocks:
             block.__class__ = PackedBlock
         model.attention = attention
@@ -73,14 +74,17 @@ class PackedCogVideoX(CogVideoXTransformer3DModel):
         x = self.norm_final(x.index_select(0, inputs.video_places))
         segment = inputs.modulation_row.index_select(0, inputs.video_places)
         shift, scale = self.norm_out.linear(self.norm_out.silu(temb)).index_select(0, segment).chunk(2, dim=1)
-        return self.proj_out(self.norm_out.norm(x) * (1 + scale) + shift)
+        prediction: torch.Tensor = self.proj_out(self.norm_out.norm(x) * (1 + scale) + shift)
+        return prediction
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
     """ConfigError naming what a model needs that packed training does not have."""
     problems = []
     if config["in_channels"] != config["out_channels"]:
-        problems.append(f"image conditioning (in_channels {config['in_channels']}, out {config['out_channels']})")
+        problems.append(
+            f"image conditioning (in_channels {config['in_channels']}, out {config['out_channels']})"
+        )
     problems += [
         f"{name} = {config[name]!r}"
         for name in ("ofs_embed_dim", "use_learned_positional_embeddings", "dropout")
@@ -88,7 +92,8 @@ def check_supported(config: Mapping[str, Any]) -> None:
     ]
     if problems:
         raise ConfigError(
-            "model.init: text-to-video CogVideoX 1.0 and 1.5 can be trained; this model needs " + ", ".join(problems)
+            "model.init: text-to-video CogVideoX 1.0 and 1.5 can be trained; this model needs "
+            + ", ".join(problems)
         )
 
 
@@ -104,6 +109,6 @@ def _modulate(
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of interleaved pairs [L, N, D], in float32 as diffusers does it."""
-    real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    real, imag = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imag, real], dim=-1).flatten(-2)
     return (x.float() * cos[:, None] + turned * sin[:, None]).to(x.dtype)

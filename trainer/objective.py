@@ -70,7 +70,9 @@ def read_schedule(path: Path) -> Schedule:
         if config.get(name) != _FIXED[name]
     ]
     if wrong:
-        raise ConfigError(f"{path}: this schedule cannot be trained with loss.objective = 'v': {'; '.join(wrong)}")
+        raise ConfigError(
+            f"{path}: this schedule cannot be trained with loss.objective = 'v': {'; '.join(wrong)}"
+        )
     return Schedule(**{name: config[name] for name in asdict(Schedule()) if name in config})
 
 
@@ -97,7 +99,7 @@ class VObjective:
 def clip_errors(prediction: torch.Tensor, target: torch.Tensor, *, lengths: Sequence[int]) -> torch.Tensor:
     """Mean squared error of each clip, [B] float32; both inputs are [V, P], clip after clip of `lengths`."""
     errors = (prediction.float() - target).square().mean(dim=1)
-    return torch.stack([clip.mean() for clip in errors.split(list(lengths))])
+    return torch.stack([clip.mean() for clip in torch.split(errors, list(lengths))])
 
 
 def clip_weights(

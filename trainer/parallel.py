@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import HashStore, Store  # type: ignore[attr-defined]  # re-exported without __all__
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -36,11 +37,11 @@ class Member:
     rank: int
     local_rank: int
     size: int
-    store: dist.Store | None
+    store: Store | None
 
     @classmethod
     def alone(cls) -> Member:
-        return cls(rank=0, local_rank=0, size=1, store=dist.HashStore())
+        return cls(rank=0, local_rank=0, size=1, store=HashStore())
 
     @classmethod
     def from_environment(cls) -> Member:
@@ -74,6 +75,17 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, values: list[str]) -> list[str]:
+        """The values of all ranks, rank after rank, the same on each."""
+        lists: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(lists, values)
+        return [value for part in lists for value in part]
+
+    def say(self, text: str) -> None:
+        """Print once, not once per rank."""
+        if self.is_main:
+            print(text, flush=True)
+
     def barrier(self) -> None:
         dist.barrier()
 
@@ -85,8 +97,8 @@ def mesh_shape(mesh: MeshConfig, *, size: int) -> tuple[int, int]:
         shard = size // mesh.dp_replicate
     if mesh.dp_replicate * shard != size:
         raise ConfigError(
-            f"mesh.dp_replicate = {mesh.dp_replicate} times mesh.dp_shard = {mesh.dp_shard} must be the number of "
-            f"ranks, found {size}; start with --nproc {mesh.dp_replicate * mesh.dp_shard}, or set "
+            f"mesh.dp_replicate = {mesh.dp_replicate} times mesh.dp_shard = {mesh.dp_shard} must be the "
+            f"number of ranks, found {size}; start with --nproc {mesh.dp_replicate * mesh.dp_shard}, or set "
             "mesh.dp_shard = 1, which takes all ranks"
         )
     return mesh.dp_replicate, shard
@@ -151,7 +163,7 @@ def fill(model: nn.Module, read: ReadSlice | None, *, device: torch.device) -> N
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], *, max_norm: float) -> float:
-    """Scale gradients to a global norm of at most `max_norm`; returns the norm before, the same on every rank.
+    """Scale gradients to a global norm of at most `max_norm`; returns the norm before, equal on all ranks.
 
     Grouped by mesh: torch's own `clip_grad_norm_` cannot mix parameters of different meshes.
     """
@@ -166,7 +178,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], *, max_norm: float) -> fl
     total = torch.linalg.vector_norm(torch.stack(norms))
     for group in groups.values():
         nn.utils.clip_grads_with_norm_(group, max_norm, total)
-    return total.item()
+    return float(total)
 
 
 def _set_deterministic(enabled: bool) -> None:
@@ -175,4 +187,4 @@ def _set_deterministic(enabled: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         # Filling fresh memory with NaN finds reads of it, at the price of a pass over every tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

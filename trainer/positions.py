@@ -1,4 +1,4 @@
-"""Positions of video tokens, as diffusers' CogVideoX pipeline computes them: a grid of patches in, tables out.
+"""Positions of video tokens, as diffusers' CogVideoX pipeline has them: a grid of patches in, tables out.
 
 CogVideoX 5B (1.0) squeezes its rotary grid into the base grid of the config, 1.5 counts patches, 2B
 adds sines and cosines to the embeddings. Tables are cached per clip shape, as a dataset has few.
@@ -19,7 +19,9 @@ Grid = tuple[int, int, int]
 
 
 @functools.lru_cache(maxsize=64)
-def rotary_table(grid: Grid, *, head_dim: int, base: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_table(
+    grid: Grid, *, head_dim: int, base: tuple[int, int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos, sin), each [V, D] float32; `base` is the (height, width) grid of 1.0, None for 1.5."""
     frames, height, width = grid
     cos, sin = get_3d_rotary_pos_embed(

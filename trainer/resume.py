@@ -19,20 +19,22 @@ from schemas.config import TrainConfig
 from schemas.errors import ConfigError, StaleDatasetError
 from schemas.load import config_digest
 from trainer.checkpoint import Saved, checkpoints_folder, newest
+from trainer.loader import Loader
 from trainer.objective import Schedule
 from trainer.parallel import World
 from trainer.weights import Architecture
 
+
 def run_meta(
-    config: TrainConfig, *, card: Card, plan_digest: str, architecture: Architecture, world: World
+    config: TrainConfig, *, loader: Loader, architecture: Architecture, world: World
 ) -> dict[str, Any]:
     """The part of meta.json that is the same for all checkpoints of a run."""
     return {
         "config": config.model_dump(mode="json"),
         "config_digest": config_digest(config),
-        "fingerprint": card.fingerprint,
-        "scaling": card.scaling.model_dump(mode="json"),
-        "plan_digest": plan_digest,
+        "fingerprint": loader.card.fingerprint,
+        "scaling": loader.card.scaling.model_dump(mode="json"),
+        "plan_digest": loader.plan_digest(),
         "transformer": architecture.config,
         "schedule": asdict(architecture.schedule),
         "mesh": dict(zip(world.mesh.mesh_dim_names or (), world.mesh.shape, strict=True)),
@@ -50,7 +52,7 @@ def saved_architecture(saved: Saved) -> Architecture:
 
 
 def resume_point(config: TrainConfig, card: Card) -> Saved | None:
-    """The newest complete checkpoint of the run; an error naming the differing fields where it is another run's."""
+    """The newest complete checkpoint of the run; an error naming what differs where it is another run's."""
     saved = newest(checkpoints_folder(Path(config.output)))
     if saved is None:
         return None

@@ -77,7 +77,7 @@ def architecture(model: ModelConfig, data: DataShape) -> Architecture:
 
 
 def initial_values(init: str, model: nn.Module, *, seed: int) -> ReadSlice:
-    """The reader of a model's first weights; ConfigError where a folder's names or shapes differ from `model`'s."""
+    """The reader of first weights; ConfigError where a folder's names or shapes differ from `model`'s."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if init != "random":
         return _folder_values(_transformer_folder(init), shapes)
@@ -138,7 +138,11 @@ def _check_fits(config: Mapping[str, Any], data: DataShape, folder: Path) -> Non
         ("text_embed_dim", config.get("text_embed_dim", 4096), width, "prompt width"),
         ("patch_size", config.get("patch_size", 2), PATCH, "patch the dataset's tokens are counted with"),
     ]
-    wrong = [f"{name} = {found}, the dataset has {want} ({what})" for name, found, want, what in checks if found != want]
+    wrong = [
+        f"{name} = {found}, the dataset has {want} ({what})"
+        for name, found, want, what in checks
+        if found != want
+    ]
     if tokens > (limit := config.get("max_text_seq_length", 226)):
         wrong.append(f"max_text_seq_length = {limit}, the dataset's longest prompt has {tokens} tokens")
     if wrong:

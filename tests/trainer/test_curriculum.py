@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,7 +37,7 @@ def test_warmup_then_cosine_to_zero() -> None:
     assert rates[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]
     assert rates[8] == pytest.approx(4.0)
     assert rates[12] == pytest.approx(0.0, abs=1e-12)
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[4:]))
 
 
 def test_constant_stays_at_its_peak() -> None:

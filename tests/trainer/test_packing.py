@@ -1,4 +1,4 @@
-"""Packing loses and doubles nothing, never overfills, and fills well; Segment and Pack refuse what disagrees."""
+"""Packing loses nothing, doubles nothing, never overfills and fills well; packs refuse what disagrees."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ def test_repr_shows_shapes_and_no_values() -> None:
 
 
 def test_segments_check_rank_and_dtype() -> None:
-    with pytest.raises(ValueError, match="latents of abc: expected 4 .* float32, found torch.float16"):
+    with pytest.raises(ValueError, match=r"latents of abc: expected 4 .* float32, found torch\.float16"):
         segment(dtype=torch.float16)
     with pytest.raises(ValueError, match=r"prompt_embeds of abc: expected 2 .*\(5,\)"):
         Segment(sample_id="abc", key="k", latents=torch.zeros(1, 4, 2, 2), prompt_embeds=torch.zeros(5))
 
 
-@pytest.mark.parametrize("other", [{"channels": 8}, {"width": 9}])
-def test_packs_check_that_segments_agree(other: dict[str, int]) -> None:
+@pytest.mark.parametrize("other", [segment(channels=8), segment(width=9)], ids=repr)
+def test_packs_check_that_segments_agree(other: Segment) -> None:
     with pytest.raises(ValueError, match="one channel count and one prompt width"):
-        Pack((segment(), segment(**other)))
+        Pack((segment(), other))
 
 
 def test_an_empty_pack_is_refused() -> None:

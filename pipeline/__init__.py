@@ -1,0 +1,1 @@
+"""From videos to verified latent shards: decode, frames, encoders, shards, commits, executors."""

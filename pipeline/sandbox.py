@@ -1,0 +1,319 @@
+"""Decoding in a child process, so that a file can at worst cost itself.
+
+In: `DecodeRequest`s. Out: `Clip`s in the order asked, their frames in shared memory, or ClipError. Native
+decoders crash, hang and eat memory on bad files, and no thread can stop them; a process can be killed.
+One child serves one `DecoderProcess`, decodes ahead into a ring of slots while the caller uses the clip
+before, and is replaced when it dies. A clip whose decode kills the child is tried once more, alone in
+a new child, and fails as `decoder_crash` if it does so again; one that takes too long fails as `timeout`.
+
+F frames, H, W pixels of the bucket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import mmap
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from pipeline.clip import ClipInfo, ClipRecord
+from schemas.config import BucketConfig, FramesConfig, LimitsConfig, ResizeConfig
+from schemas.errors import ClipError, RunError
+
+START_TIMEOUT_S = 60.0
+"""For a new child to import its libraries and say it is ready."""
+STDERR_BYTES = 2000
+"""Of what a child printed before it died, for the message."""
+_PACKAGES = str(Path(__file__).resolve().parents[1])
+
+
+@dataclass(frozen=True)
+class DecodeRequest:
+    """A file, or a time window of it in seconds from its first picture."""
+
+    path: str
+    start_s: float | None = None
+    end_s: float | None = None
+
+
+class Clip:
+    """Decoded frames in a shared slot; `release` hands the slot back, and the frames with it."""
+
+    def __init__(
+        self, frames: np.ndarray, bucket: int, record: ClipRecord, *, decode_s: float, release: Callable[[], None]
+    ) -> None:
+        self.frames = frames
+        """uint8 [F, H, W, 3]; empty after `release`."""
+        self.bucket = bucket
+        """Position of the clip's bucket in the config."""
+        self.record = record
+        self.decode_s = decode_s
+        """Wall clock the child spent on it."""
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Let another clip be decoded into this memory."""
+        if self._release is not None:
+            self._release()
+            self._release, self.frames = None, self.frames[:0]
+
+
+class _Job:
+    """One request on its way through a child."""
+
+    def __init__(self, number: int, request: DecodeRequest, *, is_probe: bool) -> None:
+        self.number, self.request, self.is_probe = number, request, is_probe
+        self.slot: int | None = None
+        self.started = 0.0
+        self.crashes = 0
+        self.answer: dict[str, Any] | None = None
+
+    def fail(self, reason: str, message: str) -> None:
+        self.answer = {"error": reason, "message": message}
+
+
+class DecoderProcess:
+    """A decoder child and its slots, for one thread at a time; a context manager.
+
+    The child dies with the thread that started it (the kernel's parent-death signal is per thread), so
+    create and use it in threads that last.
+    """
+
+    def __init__(
+        self,
+        *,
+        frames: FramesConfig,
+        buckets: Sequence[BucketConfig],
+        resize: ResizeConfig,
+        limits: LimitsConfig,
+        slots: int = 2,
+        program: Sequence[str] = ("-m", "pipeline.sandbox_child"),
+    ) -> None:
+        """`slots`: clips held at once, being decoded or in the caller's hands. `program`: what the child's
+        interpreter runs."""
+        self._limits, self._program = limits, tuple(program)
+        slot_bytes = max(bucket.num_frames * bucket.height * bucket.width * 3 for bucket in buckets)
+        self._slot_fds = [os.memfd_create("latentpress-frames") for _ in range(slots)]
+        for fd in self._slot_fds:
+            os.ftruncate(fd, slot_bytes)
+        self._slots = [np.frombuffer(mmap.mmap(fd, slot_bytes), np.uint8) for fd in self._slot_fds]
+        self._setup = {
+            "frames": frames.model_dump_json(),
+            "buckets": [bucket.model_dump_json() for bucket in buckets],
+            "resize": resize.model_dump_json(),
+            "limits": limits.model_dump_json(),
+            "slots": self._slot_fds,
+            "slot_bytes": slot_bytes,
+            "parent": os.getpid(),
+        }
+        self._free = deque(range(slots))
+        self._numbers = itertools.count()
+        self._clips: deque[_Job] = deque()
+        """Submitted and not yet asked for, in order."""
+        self._waiting: deque[_Job] = deque()
+        """Not yet given to the child."""
+        self._sent: deque[_Job] = deque()
+        """In the child's hands; it works on the first."""
+        self._child: _Child | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child and drop every request; frames of clips not released stay readable."""
+        self._kill()
+        self._clips.clear()
+        self._waiting.clear()
+        for fd in self._slot_fds:
+            os.close(fd)
+        self._slot_fds.clear()
+
+    def submit(self, request: DecodeRequest) -> None:
+        """Ask for a clip; its decoding starts when a slot is free. Does not block."""
+        job = _Job(next(self._numbers), request, is_probe=False)
+        self._clips.append(job)
+        self._waiting.append(job)
+        self._feed()
+
+    def result(self) -> Clip:
+        """The clip submitted longest ago; ClipError if it cannot become a sample, RunError if the run
+        must stop."""
+        job = self._clips.popleft()
+        answer = self._finish(job)
+        slot = job.slot
+        assert slot is not None
+        shape: list[int] = answer["shape"]
+        return Clip(
+            self._slots[slot][: math.prod(shape)].reshape(shape),
+            answer["bucket"],
+            ClipRecord(**answer["record"]),
+            decode_s=answer["decode_s"],
+            release=lambda: self._free.append(slot),
+        )
+
+    def probe(self, path: str) -> ClipInfo:
+        """Facts about a file; ClipError if it cannot be read."""
+        job = _Job(next(self._numbers), DecodeRequest(path), is_probe=True)
+        self._waiting.append(job)
+        return ClipInfo(**self._finish(job)["info"])
+
+    def _finish(self, job: _Job) -> dict[str, Any]:
+        """Run the child until `job` is answered; raise what the answer says."""
+        while job.answer is None:
+            self._feed()
+            if not self._sent:
+                raise RunError(f"all {len(self._slots)} frame slots are in use: release a clip before the next")
+            self._listen()
+        self._feed()
+        if "error" in job.answer:
+            raise ClipError(job.answer["error"], job.answer["message"], attempts=max(1, job.crashes))
+        if "fatal" in job.answer:
+            raise RunError(f"{job.request.path}: {job.answer['fatal']}")
+        return job.answer
+
+    def _feed(self) -> None:
+        """Give the child what it can take: one more job per free slot, a retried one alone."""
+        for job in list(self._waiting):
+            if self._sent and (job.crashes or self._sent[0].crashes):
+                return
+            if not job.is_probe:
+                if not self._free:
+                    continue
+                job.slot = self._free.popleft()
+            self._waiting.remove(job)
+            if self._child is None:
+                self._child = _Child(self._program, self._setup, keep_open=self._slot_fds)
+            self._sent.append(job)
+            job.started = time.monotonic()
+            self._child.send({"id": job.number, "slot": job.slot, **asdict(job.request)})
+
+    def _listen(self) -> None:
+        """Take one line from the child, or deal with its death or its slowness."""
+        assert self._child is not None
+        job = self._sent[0]
+        timeout_s = self._limits.clip_timeout_s
+        try:
+            message = self._child.receive(job.started + timeout_s)
+        except TimeoutError:
+            job.fail("timeout", f"decoding took more than limits.clip_timeout_s = {timeout_s} s")
+            self._retire()
+            return
+        if message is None:
+            job.crashes += 1
+            died = self._child.epitaph()
+            if job.crashes > 1:
+                job.fail("decoder_crash", f"the decoder died twice, the second time alone: {died}")
+            self._retire()
+        elif "started" in message:
+            job.started = message["at"]
+        else:
+            self._sent.popleft()
+            job.answer = message
+            if self._sent:
+                self._sent[0].started = time.monotonic()
+            if "shape" not in message:
+                self._give_back(job)
+            if message.get("error") == "limit_memory":
+                self._retire()
+
+    def _retire(self) -> None:
+        """End the child; what it had not answered waits again, in order."""
+        self._kill()
+        for job in reversed(self._sent):
+            self._give_back(job)
+            if job.answer is None:
+                self._waiting.appendleft(job)
+        self._sent.clear()
+
+    def _give_back(self, job: _Job) -> None:
+        if job.slot is not None:
+            self._free.append(job.slot)
+            job.slot = None
+
+    def _kill(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+
+class _Child:
+    """The process itself and its pipes."""
+
+    def __init__(self, program: Sequence[str], setup: dict[str, Any], *, keep_open: Sequence[int]) -> None:
+        path = os.pathsep.join(filter(None, [_PACKAGES, os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", *program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=keep_open,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        self._lines, self._stderr = b"", b""
+        self.send(setup)
+        try:
+            ready = self.receive(time.monotonic() + START_TIMEOUT_S)
+        except TimeoutError:
+            ready = None
+        if ready is None:
+            self.kill()
+            raise RunError(f"the decoder process does not start: {self.epitaph()}")
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Write one line; a child that is already dead is noticed by `receive`."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def receive(self, deadline: float) -> dict[str, Any] | None:
+        """The next line, None once the child is gone; TimeoutError past `deadline` (monotonic seconds)."""
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        out, err = self._process.stdout.fileno(), self._process.stderr.fileno()
+        while b"\n" not in self._lines:
+            ready, _, _ = select.select([out, err], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            if err in ready:
+                self._stderr = (self._stderr + os.read(err, 65536))[-STDERR_BYTES:]
+            if out in ready:
+                data = os.read(out, 65536)
+                if not data:
+                    return None
+                self._lines += data
+        line, _, self._lines = self._lines.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def epitaph(self) -> str:
+        """How the child died, and the last it printed."""
+        code = self._process.wait()
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        said = self._stderr.decode(errors="replace").strip()
+        return f"{how}; it said: {said}" if said else how
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()

@@ -1,0 +1,106 @@
+"""The decoder's own process: `python -m pipeline.sandbox_child` reads requests, decodes, answers.
+
+In: one JSON object a line on stdin. Out: one JSON object a line on what was stdout; frames go into shared
+memory that the parent made. The process gives up what it does not need before it touches a file: no
+file writes, no core dumps, no children, bounded memory, and it dies with its parent. It imports PyAV and
+numpy, never torch, so that a new one starts in a moment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TextIO
+
+import av
+import numpy as np
+
+from pipeline.decode import decode_clip
+from pipeline.probe import probe
+from schemas.config import BucketConfig, FramesConfig, LimitsConfig, ResizeConfig
+from schemas.errors import ClipError, RunError
+
+MAX_OPEN_FILES = 64
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(decode: Callable[..., Any] = decode_clip) -> None:
+    """Answer requests until stdin ends."""
+    setup = json.loads(sys.stdin.readline())
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever else prints must not end up between the answers
+    settings: dict[str, Any] = {
+        "frames": FramesConfig.model_validate_json(setup["frames"]),
+        "buckets": [BucketConfig.model_validate_json(bucket) for bucket in setup["buckets"]],
+        "resize": ResizeConfig.model_validate_json(setup["resize"]),
+        "limits": LimitsConfig.model_validate_json(setup["limits"]),
+    }
+    slots = [np.frombuffer(mmap.mmap(fd, setup["slot_bytes"]), np.uint8) for fd in setup["slots"]]
+    _give_up_rights(setup["parent"], settings["limits"].memory_bytes)
+    av.logging.set_level(av.logging.PANIC)
+    _send(answers, {"ready": True})
+    for line in sys.stdin:
+        request = json.loads(line)
+        _send(answers, {"started": request["id"], "at": time.monotonic()})
+        _send(answers, {"id": request["id"], **_answer(request, settings, slots, decode)})
+
+
+def _answer(
+    request: dict[str, Any], settings: dict[str, Any], slots: list[np.ndarray], decode: Callable[..., Any]
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    try:
+        if request["slot"] is None:
+            return {"info": asdict(probe(request["path"], limits=settings["limits"]))}
+        frames, bucket, record = decode(
+            request["path"],
+            start_s=request["start_s"],
+            end_s=request["end_s"],
+            buffer=slots[request["slot"]],
+            **settings,
+        )
+    except ClipError as error:
+        return {"error": error.reason, "message": error.message}
+    except RunError as error:
+        return {"fatal": str(error)}
+    except MemoryError as error:
+        return {"error": "limit_memory", "message": f"no memory: {error or type(error).__name__}"}
+    return {
+        "shape": frames.shape,
+        "bucket": bucket,
+        "record": asdict(record),
+        "decode_s": time.perf_counter() - started,
+    }
+
+
+def _send(answers: TextIO, message: dict[str, Any]) -> None:
+    answers.write(json.dumps(message) + "\n")
+    answers.flush()
+
+
+def _give_up_rights(parent: int, memory_bytes: int) -> None:
+    for limit, value in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
+        (resource.RLIMIT_NPROC, 0),  # has no effect for root
+    ):
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    serve()
