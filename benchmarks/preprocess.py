@@ -102,7 +102,7 @@ def _pipeline(config: PreprocessConfig, *, kind: str, workers: int) -> tuple[flo
     executor = config.executor.model_copy(update={"kind": kind, "workers": workers})
     started = time.perf_counter()
     try:
-        summary = preprocess(
+        summary, _ = preprocess(
             config.model_copy(update={"output": str(folder / "latents"), "executor": executor})
         )
     finally:

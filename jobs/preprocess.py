@@ -16,28 +16,28 @@ from schemas.load import load_config
 def run(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
     """Preprocess; the exit code of the command."""
     config = load_config(config_path, PreprocessConfig, overrides=overrides)
-    summary = preprocess(config)
+    summary, ran = preprocess(config)
     unfinished = summary["rows"] - summary["kept"] - summary["quarantined"]
     over = summary["quarantine_gated"] > config.quarantine.max_rate * summary["rows"]
     if as_json:
         print_json(summary)
     else:
-        report(config, summary, over=over)
+        report(config, summary, ran=ran, over=over)
     return EXIT_FAILED if unfinished else EXIT_GATE if over else EXIT_DONE
 
 
-def report(config: PreprocessConfig, summary: dict[str, Any], *, over: bool) -> None:
+def report(config: PreprocessConfig, summary: dict[str, Any], *, ran: bool, over: bool) -> None:
     """The summary for a person."""
     console.print(f"{summary['kept']} of {summary['rows']} clips kept, {summary['quarantined']} quarantined")
     if summary["reasons"]:
         console.print(count_table("reason", summary["reasons"]))
-    run = summary["last_run"]
-    if run and "latents" in run:
-        latents = run["latents"]
-        executor = run["executor"]
+    if not ran:
+        console.print("nothing to do: everything asked for is committed")
+    elif latents := summary["last_run"].get("latents"):
+        executor = summary["last_run"]["executor"]
         console.print(
-            f"last run: {latents['clips']} clips in {latents['wall_s']:.1f} s = {latents['clips_per_s']:.2f} "
-            f"clips/s on {executor['kind']} x {executor['workers']}; bottleneck: {latents['bottleneck']}"
+            f"{latents['clips']} clips in {latents['wall_s']:.1f} s = {latents['clips_per_s']:.2f} clips/s "
+            f"on {executor['kind']} x {executor['workers']}; bottleneck: {latents['bottleneck']}"
         )
     console.print(f"dataset: {config.output}  (summary.json, index.parquet, quarantine.parquet)")
     if over:

@@ -8,6 +8,7 @@ F pixel frames, H, W pixels.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -94,7 +95,7 @@ class _Page:
 
     def paragraph(self, text: str, *, size: int, color: tuple[int, int, int], max_lines: int) -> None:
         font = _font(size)
-        lines = self._wrap(text, font)
+        lines = self._wrap(text[: max_lines * self._width], font)  # no letter is narrower than a pixel
         if len(lines) > max_lines:
             lines = [*lines[: max_lines - 1], self._fit(" ".join(lines[max_lines - 1 :]), font, self._width)]
         for line in lines:
@@ -140,12 +141,13 @@ class _Page:
         return [line for line in lines if line]
 
     def _fit(self, text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-        """`text`, or as much of its beginning as fits, with an ellipsis."""
+        """`text` on one line, or as much of its beginning as fits, with an ellipsis."""
+        text = " ".join(text.split())
         if self._draw.textlength(text, font) <= room:
             return text
-        while text and self._draw.textlength(text + "…", font) > room:
-            text = text[:-1]
-        return text + "…"
+        cuts = range(len(text))
+        kept = bisect_right(cuts, room, key=lambda cut: self._draw.textlength(text[:cut] + "…", font))
+        return text[: max(0, kept - 1)] + "…"
 
 
 @cache

@@ -85,7 +85,7 @@ def _train_here(config: TrainConfig) -> None:
 
 def _launch(config: TrainConfig, nproc: int) -> None:
     """`nproc` ranks as child processes; RunError or ConfigError with what the first failing one said."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # re-exported without __all__
 
     # The parent holds the store, so that its port is known before any rank starts.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -105,9 +105,8 @@ def _launch(config: TrainConfig, nproc: int) -> None:
     with _forwarded_signals([process.pid for process in ranks if process.pid]):
         try:
             while pipes and not failures:
-                for receiver in wait(list(pipes)):
-                    rank = pipes.pop(receiver)
-                    failures += _outcome(receiver, rank)
+                for receiver in [pipe for pipe in wait(list(pipes)) if isinstance(pipe, Connection)]:
+                    failures += _outcome(receiver, pipes.pop(receiver))
         finally:
             if pipes:  # others wait for the failed one in a collective, and would for ever
                 for process in ranks:
@@ -133,7 +132,7 @@ def _outcome(receiver: Connection, rank: int) -> list[tuple[int, str]]:
 def _rank(rank: int, size: int, port: int, config: TrainConfig, sender: Connection) -> None:
     """A child: one rank of `_launch`; sends None when done, else (exit code, message)."""
     import torch
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # re-exported without __all__
 
     from trainer import parallel
     from trainer.loop import train as run

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.clip import ClipRecord
-from pipeline.container import open_video, read_packets
+from pipeline.container import open_video
 from pipeline.frames import (
     ONE,
     Choice,
@@ -37,6 +37,7 @@ from pipeline.frames import (
     unblended_at,
 )
 from pipeline.normalize import Normalizer, color_of, display_size, orientation_of
+from pipeline.packets import read_packets
 from pipeline.pictures import PictureDecoder
 from pipeline.probe import first_picture
 from pipeline.timeline import Timeline
@@ -76,7 +77,13 @@ def decode_clip(
             bucket = buckets[position]
             choice = choose_frames(timeline, num_frames=bucket.num_frames, frames=frames)
             taken = _Take(
-                timeline, choice, position=position, intact=intact, bucket=bucket, limits=limits, buffer=buffer
+                timeline,
+                choice,
+                position=position,
+                intact=intact,
+                bucket=bucket,
+                limits=limits,
+                buffer=buffer,
             )
             return taken, Normalizer(bucket, resize=resize, sar=video.sar)
 
@@ -204,6 +211,7 @@ def _sources(
         )
     ordered = sorted(intact)
     for picture in lost:
-        k = bisect.bisect_left(ordered, sources[picture])
-        sources[picture] = min(ordered[max(0, k - 1) : k + 1], key=lambda t, own=sources[picture]: abs(t - own))
+        tick = sources[picture]
+        k = bisect.bisect_left(ordered, tick)
+        _, sources[picture] = min((abs(near - tick), near) for near in ordered[max(0, k - 1) : k + 1])
     return sources

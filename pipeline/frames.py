@@ -2,9 +2,8 @@
 
 In: a `Timeline` and the `[frames]` settings. Out: a `Choice`: per frame the picture on screen, and how
 much of the next picture is blended in. Timestamps decide, never a container's frame count or nominal
-rate, in exact integers and fractions. The trade-off: timestamps rounded to a coarse time base are
-recognised as a constant rate, and index arithmetic then stands in for times, so that a rounding of
-half a tick neither repeats nor skips a picture.
+rate, in exact integers and fractions. The trade-off: where timestamps are a constant rate rounded to
+ticks, index arithmetic stands in for times, so that half a tick neither repeats nor skips a picture.
 """
 
 from __future__ import annotations
@@ -137,7 +136,9 @@ def frame_weights(choice: Choice, timeline: Timeline) -> list[float]:
     A weak proxy: sizes follow bit-rate control as well as motion, hence the floor under every weight.
     """
     usual = {
-        kind: statistics.median(size for size, key in zip(timeline.sizes, timeline.keys, strict=True) if key == kind)
+        kind: statistics.median(
+            size for size, key in zip(timeline.sizes, timeline.keys, strict=True) if key == kind
+        )
         for kind in set(timeline.keys)
     }
     activity = [
@@ -153,27 +154,10 @@ def frame_weights(choice: Choice, timeline: Timeline) -> list[float]:
     return [round(weight / mean, 4) for weight in weights]
 
 
-def constant_interval(pts: Sequence[int]) -> Fraction | None:
-    """Ticks per picture where the timestamps are an even grid rounded to whole ticks, else None.
-
-    Exact for an even grid; for a rounded one the simplest fraction that explains it.
-    """
-    n, span = len(pts) - 1, pts[-1] - pts[0]
-    if n < 1:
-        return None
-    worst = max(abs((tick - pts[0]) * n - i * span) for i, tick in enumerate(pts))
-    if worst == 0:
-        return Fraction(span, n)
-    # One tick off the grid is rounding, unless ticks are so coarse that it could be a lost picture.
-    if worst > n or span < 4 * n:
-        return None
-    return _simplest(Fraction(span - 1, n), Fraction(span + 1, n))
-
-
 def _uniform(timeline: Timeline, num_frames: int) -> list[int]:
     """As many frames as asked from at least as many pictures."""
     count = len(timeline.pts)
-    if count == num_frames or constant_interval(timeline.pts) is not None:
+    if count == num_frames or timeline.interval is not None:
         return [i * count // num_frames for i in range(num_frames)]
     return _on_screen(timeline, Fraction(timeline.end - timeline.pts[0], num_frames), num_frames)
 
@@ -181,9 +165,8 @@ def _uniform(timeline: Timeline, num_frames: int) -> list[int]:
 def _on_screen(timeline: Timeline, step: Fraction, count: int) -> list[int]:
     """The picture on screen at each of `count` times, `step` ticks apart."""
     pts = timeline.pts
-    interval = constant_interval(pts)
-    if interval is not None:
-        return [min(int(i * step / interval), len(pts) - 1) for i in range(count)]
+    if timeline.interval is not None:
+        return [min(int(i * step / timeline.interval), len(pts) - 1) for i in range(count)]
     return [bisect.bisect_right(pts, pts[0] + int(i * step)) - 1 for i in range(count)]
 
 
@@ -232,13 +215,3 @@ def _too_short(timeline: Timeline, num_frames: int, found: int, frames: FramesCo
 def _fraction(value: float) -> Fraction:
     """The decimal a person wrote: 29.97, not its nearest binary number."""
     return Fraction(repr(float(value)))
-
-
-def _simplest(low: Fraction, high: Fraction) -> Fraction:
-    """The fraction with the smallest denominator in [low, high] (Stern-Brocot descent)."""
-    whole = low.numerator // low.denominator
-    if whole == low:
-        return low
-    if whole + 1 <= high:
-        return Fraction(whole + 1)
-    return whole + 1 / _simplest(1 / (high - whole), 1 / (low - whole))

@@ -46,8 +46,8 @@ EARLY_STOP_ROWS = 200
 _VERSIONED = ("latentpress", "torch", "av", "numpy", "transformers")
 
 
-def preprocess(config: PreprocessConfig) -> dict[str, Any]:
-    """Run everything that is asked for and not yet committed; the summary of the dataset and this run."""
+def preprocess(config: PreprocessConfig) -> tuple[dict[str, Any], bool]:
+    """Run everything that is asked for and not yet committed; the summary, and whether anything ran."""
     config = config.model_copy(update={"output": os.path.abspath(config.output)})
     dataset = Dataset(config.output)
 
@@ -75,7 +75,7 @@ def preprocess(config: PreprocessConfig) -> dict[str, Any]:
     replace(dataset.quarantine_path, parquet_bytes(quarantine))
     summary = summarize(dataset, config, card, rows=len(rows), index=index, quarantine=quarantine, run=run)
     replace(dataset.summary_path, (json.dumps(summary, indent=1) + "\n").encode())
-    return summary
+    return summary, run is not None
 
 
 def manifest_rows(config: PreprocessConfig) -> list[ManifestRow]:

@@ -11,13 +11,13 @@ H, W pixels of the output.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
-import av
 import numpy as np
 from av.filter import Graph
-from av.sidedata.sidedata import Type as SideDataType
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 
@@ -34,7 +34,8 @@ _SWS = {
     "bt2020": Colorspace.BT2020,
 }
 _UNTAGGED_HD_HEIGHT = 720
-"""Untagged pictures of at least this coded height are taken as BT.709, lower ones as BT.601, as players do."""
+"""Untagged pictures of at least this coded height are taken as BT.709, lower as BT.601 (as players do)."""
+_TRANSFERS = {int(curve): curve.name.lower() for curve in ColorTrc}
 _HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 
 
@@ -51,8 +52,7 @@ class Color:
 
 def color_of(frame: VideoFrame) -> Color:
     """Matrix and range of a picture, by its tags, else by the rule players use."""
-    trc = int(frame.color_trc)
-    transfer = ColorTrc(trc).name.lower() if trc in list(ColorTrc) else "unspecified"
+    transfer = _TRANSFERS.get(frame.color_trc, "unspecified")
     if frame.format.is_rgb or frame.format.has_palette:
         return Color("rgb", "full", "rgb", transfer)
     full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
@@ -90,14 +90,14 @@ class Orientation:
 
 def orientation_of(frame: VideoFrame) -> Orientation:
     """The display matrix of a picture, to the nearest quarter turn."""
-    for data in frame.side_data:
-        if data.type == SideDataType.DISPLAYMATRIX:
-            # x' = a x + c y, y' = b x + d y in 16.16 fixed point; y points down.
-            a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(data), "=i4")[:5])
-            if max(abs(a), abs(d)) >= max(abs(b), abs(c)):
-                return Orientation(False, flip_rows=d < 0, flip_columns=a < 0)
-            return Orientation(True, flip_rows=b < 0, flip_columns=c < 0)
-    return Orientation()
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return Orientation()
+    # x' = a x + c y, y' = b x + d y in 16.16 fixed point; y points down.
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(data), "=i4")[:5])
+    if max(abs(a), abs(d)) >= max(abs(b), abs(c)):
+        return Orientation(False, flip_rows=d < 0, flip_columns=a < 0)
+    return Orientation(True, flip_rows=b < 0, flip_columns=c < 0)
 
 
 def display_size(width: int, height: int, *, sar: Fraction, orientation: Orientation) -> tuple[int, int]:
@@ -116,6 +116,7 @@ class Fit:
     """Width, height after scaling; smaller than the frame where `pad` leaves black bars."""
 
 
+@functools.cache
 def fit(width: int, height: int, *, sar: Fraction, into: tuple[int, int], mode: str) -> Fit:
     """Fit a coded picture into `into` (width, height before turning); sizes are even where they can be,
     so that subsampled chroma stays in place."""
@@ -182,7 +183,9 @@ class Normalizer:
         if frame.interlaced_frame:
             self._notes["interlaced: both fields are woven into one picture"] = None
         if frame.color_trc in _HDR:
-            self._notes[f"HDR ({_HDR[ColorTrc(frame.color_trc)]}): transfer curve kept, not tone-mapped"] = None
+            self._notes[f"HDR ({_HDR[ColorTrc(frame.color_trc)]}): transfer curve kept, not tone-mapped"] = (
+                None
+            )
 
     def _cropped(self, frame: VideoFrame, crop: tuple[int, int, int, int]) -> VideoFrame:
         """A view of part of `frame`: FFmpeg's crop filter moves pointers and copies nothing."""
@@ -194,7 +197,7 @@ class Normalizer:
             graph = Graph()
             graph.threads = 1
             source = graph.add_buffer(
-                width=frame.width, height=frame.height, format=frame.format.name, time_base=Fraction(1, 1000)
+                width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
             )
             cut = graph.add("crop", f"{width}:{height}:{x}:{y}")
             sink = graph.add("buffersink")
@@ -208,10 +211,11 @@ class Normalizer:
     def _over_black(self, frame: VideoFrame, color: Color) -> VideoFrame:
         """`frame` composited over black at its own size, as planar RGB: scaling first would mix in the
         colours hidden under transparent pixels."""
-        self._notes["alpha: composited over black"] = None
         rgba = _to_rgb(self._flattener, frame, color, width=frame.width, height=frame.height, alpha=True)
         flat = VideoFrame(frame.width, frame.height, "gbrp")
         alpha = _plane(rgba, 3).astype(np.uint16)
+        if alpha.min() < 255:
+            self._notes["alpha: composited over black"] = None
         for i in range(3):
             _plane(flat, i)[:] = (_plane(rgba, i) * alpha + 127) // 255
         return flat
@@ -238,7 +242,7 @@ def _to_rgb(
 def _plane(frame: VideoFrame, i: int) -> np.ndarray:
     """Plane `i` of an 8-bit planar picture, [rows, columns], as a writable view."""
     plane = frame.planes[i]
-    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
+    return np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
 
 
 def _even(value: Fraction, limit: int) -> int:

@@ -20,8 +20,9 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from pipeline.container import Packets, Video, check_pixels, describe
+from pipeline.container import Video, check_pixels
 from pipeline.normalize import Normalizer
+from pipeline.packets import Packets
 from schemas.config import LimitsConfig
 from schemas.errors import ClipError
 
@@ -95,7 +96,7 @@ class PictureDecoder:
                     raise ClipError("limit_memory", f"no memory for a picture: {error}") from error
                 except av.FFmpegError as error:
                     tainted = True
-                    outcome.doubt = outcome.doubt or f"an undecodable packet: {describe(error)}"
+                    outcome.doubt = outcome.doubt or f"an undecodable packet: {error.strerror}"
                     if packet is not None and (tick := pts[i]) is not None:
                         outcome.failed.add(tick)
                     continue

@@ -11,34 +11,22 @@ F frames, H, W pixels of the bucket.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import math
 import mmap
 import os
-import select
-import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from pipeline.child_process import ChildProcess
 from pipeline.clip import ClipInfo, ClipRecord
 from schemas.config import BucketConfig, FramesConfig, LimitsConfig, ResizeConfig
 from schemas.errors import ClipError, RunError
-
-START_TIMEOUT_S = 60.0
-"""For a new child to import its libraries and say it is ready."""
-STDERR_BYTES = 2000
-"""Of what a child printed before it died, for the message."""
-_PACKAGES = str(Path(__file__).resolve().parents[1])
 
 
 @dataclass(frozen=True)
@@ -54,7 +42,13 @@ class Clip:
     """Decoded frames in a shared slot; `release` hands the slot back, and the frames with it."""
 
     def __init__(
-        self, frames: np.ndarray, bucket: int, record: ClipRecord, *, decode_s: float, release: Callable[[], None]
+        self,
+        frames: np.ndarray,
+        bucket: int,
+        record: ClipRecord,
+        *,
+        decode_s: float,
+        release: Callable[[], None],
     ) -> None:
         self.frames = frames
         """uint8 [F, H, W, 3]; empty after `release`."""
@@ -128,7 +122,7 @@ class DecoderProcess:
         """Not yet given to the child."""
         self._sent: deque[_Job] = deque()
         """In the child's hands; it works on the first."""
-        self._child: _Child | None = None
+        self._child: ChildProcess | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -179,7 +173,10 @@ class DecoderProcess:
         while job.answer is None:
             self._feed()
             if not self._sent:
-                raise RunError(f"all {len(self._slots)} frame slots are in use: release a clip before the next")
+                self._waiting.remove(job)
+                raise RunError(
+                    f"all {len(self._slots)} frame slots are in use: release a clip before the next"
+                )
             self._listen()
         self._feed()
         if "error" in job.answer:
@@ -199,7 +196,7 @@ class DecoderProcess:
                 job.slot = self._free.popleft()
             self._waiting.remove(job)
             if self._child is None:
-                self._child = _Child(self._program, self._setup, keep_open=self._slot_fds)
+                self._child = ChildProcess(self._program, self._setup, keep_open=self._slot_fds)
             self._sent.append(job)
             job.started = time.monotonic()
             self._child.send({"id": job.number, "slot": job.slot, **asdict(job.request)})
@@ -251,69 +248,3 @@ class DecoderProcess:
         if self._child is not None:
             self._child.kill()
             self._child = None
-
-
-class _Child:
-    """The process itself and its pipes."""
-
-    def __init__(self, program: Sequence[str], setup: dict[str, Any], *, keep_open: Sequence[int]) -> None:
-        path = os.pathsep.join(filter(None, [_PACKAGES, os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", *program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=keep_open,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
-        self._lines, self._stderr = b"", b""
-        self.send(setup)
-        try:
-            ready = self.receive(time.monotonic() + START_TIMEOUT_S)
-        except TimeoutError:
-            ready = None
-        if ready is None:
-            self.kill()
-            raise RunError(f"the decoder process does not start: {self.epitaph()}")
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Write one line; a child that is already dead is noticed by `receive`."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def receive(self, deadline: float) -> dict[str, Any] | None:
-        """The next line, None once the child is gone; TimeoutError past `deadline` (monotonic seconds)."""
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        out, err = self._process.stdout.fileno(), self._process.stderr.fileno()
-        while b"\n" not in self._lines:
-            ready, _, _ = select.select([out, err], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            if err in ready:
-                self._stderr = (self._stderr + os.read(err, 65536))[-STDERR_BYTES:]
-            if out in ready:
-                data = os.read(out, 65536)
-                if not data:
-                    return None
-                self._lines += data
-        line, _, self._lines = self._lines.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def epitaph(self) -> str:
-        """How the child died, and the last it printed."""
-        code = self._process.wait()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        said = self._stderr.decode(errors="replace").strip()
-        return f"{how}; it said: {said}" if said else how
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()

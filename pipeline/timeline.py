@@ -8,6 +8,7 @@ floating point. Zero seconds is the first picture, whatever the container's own 
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -39,8 +40,29 @@ class Timeline:
 
     @property
     def fps(self) -> float:
-        """Mean pictures per second."""
-        return len(self.pts) / self.duration_s
+        """Pictures per second; the mean where the rate varies."""
+        return (
+            len(self.pts) / self.duration_s
+            if self.interval is None
+            else float(1 / self.interval / self.time_base)
+        )
+
+    @functools.cached_property
+    def interval(self) -> Fraction | None:
+        """Ticks per picture where the timestamps are an even grid rounded to whole ticks, else None.
+
+        Exact for an even grid; for a rounded one the simplest fraction that explains it.
+        """
+        n, span = len(self.pts) - 1, self.pts[-1] - self.pts[0]
+        if n < 1:
+            return None
+        worst = max(abs((tick - self.pts[0]) * n - i * span) for i, tick in enumerate(self.pts))
+        if worst == 0:
+            return Fraction(span, n)
+        # One tick off the grid is rounding, unless ticks are so coarse that it could be a lost picture.
+        if worst > n or span < 4 * n:
+            return None
+        return _simplest(Fraction(span - 1, n), Fraction(span + 1, n))
 
     def seconds(self, tick: int | Fraction) -> float:
         """Seconds from the stream's first picture."""
@@ -80,3 +102,13 @@ class Timeline:
     def _tick(self, seconds: float) -> int:
         """Nearest tick; the decimal the person wrote counts, not its binary neighbour."""
         return self.origin + round(Fraction(repr(float(seconds))) / self.time_base)
+
+
+def _simplest(low: Fraction, high: Fraction) -> Fraction:
+    """The fraction with the smallest denominator in [low, high] (Stern-Brocot descent)."""
+    whole = low.numerator // low.denominator
+    if whole == low:
+        return low
+    if whole + 1 <= high:
+        return Fraction(whole + 1)
+    return whole + 1 / _simplest(1 / (high - whole), 1 / (low - whole))

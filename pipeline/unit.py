@@ -96,7 +96,8 @@ class UnitWorker:
         self, unit: Unit, shard: ShardWriter, seconds: dict[str, float]
     ) -> tuple[list[FailureRecord], float]:
         if self._text is None:
-            self._text = load_text_encoder(self._config.text_encoder)
+            with _clock(seconds, "load"):
+                self._text = load_text_encoder(self._config.text_encoder)
         with _clock(seconds, "encode"):
             encodings = self._text.encode([row["caption"] for row in unit.rows])
         with _clock(seconds, "write"):
@@ -110,7 +111,8 @@ class UnitWorker:
     ) -> tuple[list[FailureRecord], float]:
         config = self._config
         if self._video is None:
-            self._video = load_video_encoder(config.video_encoder)
+            with _clock(seconds, "load"):
+                self._video = load_video_encoder(config.video_encoder)
         failures: list[FailureRecord] = []
         video_s = 0.0
         for row, clip in self._clips(unit, seconds):

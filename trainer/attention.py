@@ -91,9 +91,9 @@ def probe(
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
 
     def run(function: AttentionFunction, dtype: torch.dtype) -> list[torch.Tensor]:
-        inputs = [tensor.to(dtype).detach().requires_grad_() for tensor in (q, k, v)]
-        out = function(*inputs, cu_seqlens, max(PROBE_LENGTHS))
-        return [out, *torch.autograd.grad((out * weight.to(dtype)).sum(), inputs)]
+        a, b, c = (tensor.to(dtype).detach().requires_grad_() for tensor in (q, k, v))
+        out = function(a, b, c, cu_seqlens, max(PROBE_LENGTHS))
+        return [out, *torch.autograd.grad((out * weight.to(dtype)).sum(), (a, b, c))]
 
     found, expected = run(function, dtype), run(_reference, torch.float32)
     errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True)]

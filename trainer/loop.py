@@ -196,7 +196,8 @@ def forward(
 
     Noise and timesteps come from the clips' keys, so they are the same on any rank and in any pack.
     """
-    objective, device, layout = run.objective, run.world.device, model.config
+    objective, device = run.objective, run.world.device
+    layout: Any = model.config
     noisy, targets, timesteps = [], [], []
     for segment in pack.segments:
         clean = fill_patches(segment.latents, patch_t=layout.patch_size_t)

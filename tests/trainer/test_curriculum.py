@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.config import LrConfig, StageConfig
@@ -68,6 +68,7 @@ def test_rounded_times_do_not_cost_a_latent_frame() -> None:
     assert prefix(pts, 1.0) == 3
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.lists(st.floats(0.01, 1.0), max_size=20).map(lambda steps: np.cumsum([2.0, *steps]).tolist()),

@@ -7,7 +7,7 @@ from itertools import permutations
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.order import key_of, keyed_generator, keyed_order, permutation
@@ -15,17 +15,20 @@ from trainer.order import key_of, keyed_generator, keyed_order, permutation
 keys = st.integers(0, 2**64 - 1)
 
 
+@settings(deadline=None)
 @given(size=st.integers(0, 3000), key=keys)
 def test_permutation_holds_every_number_once(size: int, key: int) -> None:
     assert sorted(permutation(size, key=key)) == list(range(size))
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=40), key=keys, group=st.integers(1, 8))
 def test_keyed_order_holds_every_row_once(sizes: list[int], key: int, group: int) -> None:
     order = keyed_order(sizes, key=key, group_shards=group)
     assert sorted(order) == list(range(sum(sizes)))
 
 
+@settings(deadline=None)
 @given(key=keys)
 def test_samples_mix_inside_groups_of_shards_only(key: int) -> None:
     shard_of = np.repeat(np.arange(12), 10)[keyed_order([10] * 12, key=key, group_shards=4)]

@@ -6,12 +6,13 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.packing import Pack, Segment, plan_packs
 
 
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 50), max_size=300),
     capacity=st.integers(50, 130),
@@ -25,6 +26,7 @@ def test_every_position_is_in_one_pack_and_no_pack_overflows(
     assert all(0 < sum(lengths[position] for position in pack) <= capacity for pack in packs)
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=300))
 def test_at_most_one_pack_is_half_empty(lengths: list[int]) -> None:
     # Two packs that are at most half full would have been one, as long as both are open at the same time.
