@@ -33,8 +33,8 @@ demo: install  ## from clips to a trained step: about 5 minutes on 2 cores
 	@echo
 	@echo "Look at:"
 	@echo "  $(DEMO)/inspect.png            source frames over decoded latents"
-	@echo "  $(DEMO)/latents/summary.json   what the preprocessing did, and its slowest stage"
-	@echo "  runs/demo                      loss curve, metrics and checkpoints of the training"
+	@echo "  $(DEMO)/latents/summary.json   what preprocessing did, and its slowest stage"
+	@echo "  runs/demo/loss.png               loss curve; metrics.jsonl and the checkpoints are beside it"
 
 test: install  ## all tests that this machine can run (no network; GPU tests are skipped without one)
 	$(BIN)/python -m pytest

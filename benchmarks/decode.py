@@ -58,7 +58,7 @@ class Report:
 
     @property
     def contenders(self) -> list[str]:
-        return [name for name in CONTENDERS if name not in self.missing]
+        return list(self.versions)
 
 
 class Child:
@@ -101,7 +101,7 @@ class Child:
             answer: dict[str, Any] = json.loads(line)
             return answer
         code = self._process.wait()
-        self._process = None
+        self.close()
         return {"error": f"crash: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"}
 
     def close(self) -> None:

@@ -55,14 +55,14 @@ class DemoClip:
 
 CLIPS = (
     DemoClip(
-        "bouncing_ball.mp4", scenes.bouncing_ball,
-        "A shiny red ball bounces across a blue and white checkered floor.",
-        (960, 540), Fraction(60), 4, "libx264", X264, quirk="60 frames per second",
-    ),
-    DemoClip(
         "sailing_boat.mkv", scenes.sailing_boat,
         "A small boat with a white and a red sail rocks on blue waves while the sun climbs.",
         (720, 480), Fraction(24), 5, "libx265", X265, quirk="HEVC in Matroska",
+    ),
+    DemoClip(
+        "bouncing_ball.mp4", scenes.bouncing_ball,
+        "A shiny red ball bounces across a blue and white checkered floor.",
+        (640, 360), Fraction(60), 4, "libx264", X264, quirk="60 frames per second",
     ),
     DemoClip(
         "steam_train.webm", scenes.steam_train,

@@ -107,7 +107,7 @@ def _choose(dataset: Path, sample: str | None) -> dict[str, Any]:
         raise DatasetError(f"{dataset} holds no samples; run `latentpress preprocess` with its config")
     if sample is None:
         return rows[0]
-    named = [row for row in rows if sample in (row["source"], row["path"], Path(row["source"]).name)]
+    named = [row for row in rows if sample in _names(row)]
     found = {row["sample_id"]: row for row in named or rows if named or row["sample_id"].startswith(sample)}
     if len(found) == 1:
         return next(iter(found.values()))
@@ -117,10 +117,16 @@ def _choose(dataset: Path, sample: str | None) -> dict[str, Any]:
             f"{sample!r} names {len(found)} samples of {dataset}; give the id of one: {listed}"
         )
     for row in read_quarantine(dataset).to_pylist():
-        if sample in (row["source"], Path(row["source"]).name):
+        if sample in _names(row):
             raise DatasetError(f"{sample!r} was quarantined ({row['reason']}): {row['message']}")
     listed = ", ".join(f"{row['sample_id'][:12]} ({row['source']})" for row in rows[:_LISTED])
     raise DatasetError(f"{dataset} has no sample {sample!r}; it holds {len(rows)}, such as {listed}")
+
+
+def _names(row: dict[str, Any]) -> tuple[str, ...]:
+    """What a person may call a row's video."""
+    source = Path(row["source"])
+    return (row["source"], row.get("path", ""), source.name, source.stem)
 
 
 def _clip_record(dataset: Path, row: dict[str, Any]) -> dict[str, Any]:

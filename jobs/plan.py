@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pipeline.decode import decode_clip
-from pipeline.probe import ClipInfo
 
 from jobs.console import console, count_table, duration, print_json, size, table
+from pipeline.clip import ClipInfo
+from pipeline.decode import decode_clip
+from pipeline.frames import num_available
 from pipeline.graph import manifest_rows, wanted_card
 from pipeline.survey import survey
 from pipeline.text_encode import load_text_encoder
@@ -89,15 +90,11 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
 
 def _bucket(row: ManifestRow, info: ClipInfo, config: PreprocessConfig) -> tuple[BucketConfig, int]:
     """The bucket of a clip, and about how many pictures its window (and rate, for `fps`) leaves."""
-    start = row.start_s or 0.0
-    end = min(row.end_s or info.duration_s, info.duration_s)
-    share = (end - start) / info.duration_s if info.duration_s else 1.0
-    pictures = max(1, round(info.num_pictures * share))
-    available = pictures
-    if config.frames.policy == "fps":
-        pictures = int((end - start) * config.frames.target_fps)
+    window_s = min(row.end_s or info.duration_s, info.duration_s) - (row.start_s or 0.0)
+    share = window_s / info.duration_s if info.duration_s else 1.0
+    pictures = num_available(window_s, max(1, round(info.num_pictures * share)), frames=config.frames)
     position = choose_bucket(
-        config.buckets, width=info.display_width, height=info.display_height, num_pictures=available
+        config.buckets, width=info.display_width, height=info.display_height, num_pictures=pictures
     )
     return config.buckets[position], pictures
 
@@ -111,10 +108,11 @@ def _done(dataset: Dataset, chosen: Sequence[tuple[ManifestRow, BucketConfig]]) 
         if asked is None:
             continue
         stat = os.stat(row.path)
-        done += (stat.st_size, stat.st_mtime_ns) == (asked["size"], asked["mtime_ns"]) and all(
-            dataset.commit_path(family, asked[unit]).exists()
-            for family, unit in (("latents", "unit"), ("prompts", "prompt_unit"))
+        committed = (
+            dataset.commit_path("latents", asked["unit"]).exists()
+            and dataset.commit_path("prompts", asked["prompt_unit"]).exists()
         )
+        done += committed and (stat.st_size, stat.st_mtime_ns) == (asked["size"], asked["mtime_ns"])
     return done
 
 

@@ -37,7 +37,7 @@ def bouncing_ball(t: float, width: int, height: int) -> Image.Image:
             quad = [(a * near, near), (b * near, near), (b * far, far), (a * far, far)]
             c.polygon(mapped(placed((middle, horizon), 0), quad), (74, 96, 132))
     c.box(0, horizon - 0.004, c.aspect, horizon + 0.03, (190, 202, 220))
-    x, bounce = middle + 0.39 * c.aspect * math.sin(1.1 * t - 1.2), abs(math.sin(2.6 * t))
+    x, bounce = middle + 0.3 * c.aspect * math.sin(1.1 * t - 1.2), abs(math.sin(2.6 * t))
     c.disc((x, 0.86), 0.13 * (1 - 0.35 * bounce), (30, 34, 50, 110), squash=0.28)
     c.ball((x, 0.72 - 0.46 * bounce), 0.14, (226, 62, 50))
     return c.picture()

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,9 @@ from schemas.card import read_card
 from schemas.config import TrainConfig
 from schemas.errors import EXIT_DONE, EXIT_USAGE, ConfigError, LatentpressError, RunError
 from schemas.load import load_config, resolved_toml
+
+Failure = tuple[int, str]
+"""Exit code and message of a rank."""
 
 
 def train(config_path: str | Path, *, overrides: Sequence[str] = (), nproc: int = 1) -> int:
@@ -90,43 +94,42 @@ def _launch(config: TrainConfig, nproc: int) -> None:
     # The parent holds the store, so that its port is known before any rank starts.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
-    pipes: dict[Connection, int] = {}
-    ranks = []
+    ranks: dict[Connection, BaseProcess] = {}
     for rank in range(nproc):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(
+        process: BaseProcess = context.Process(
             target=_rank, args=(rank, nproc, store.port, config, sender), name=f"rank {rank}", daemon=True
         )
         process.start()
         sender.close()
-        pipes[receiver] = rank
-        ranks.append(process)
-    failures: list[tuple[int, str]] = []
-    with _forwarded_signals([process.pid for process in ranks if process.pid]):
+        ranks[receiver] = process
+    failure: Failure | None = None
+    running = dict(ranks)
+    with _forwarded_signals([process.pid for process in ranks.values() if process.pid]):
         try:
-            while pipes and not failures:
-                for receiver in [pipe for pipe in wait(list(pipes)) if isinstance(pipe, Connection)]:
-                    failures += _outcome(receiver, pipes.pop(receiver))
+            while running and failure is None:
+                receiver = next(pipe for pipe in wait(list(running)) if isinstance(pipe, Connection))
+                failure = _outcome(receiver, running.pop(receiver))
         finally:
-            if pipes:  # others wait for the failed one in a collective, and would for ever
-                for process in ranks:
-                    process.kill()
-            for process in ranks:
+            for process in running.values():  # they would wait for the failed one in a collective, for ever
+                process.kill()
+            for process in ranks.values():
                 process.join()
-    if failures:
-        code, message = failures[0]
+    if failure:
+        code, message = failure
         raise ConfigError(message) if code == EXIT_USAGE else RunError(message)
 
 
-def _outcome(receiver: Connection, rank: int) -> list[tuple[int, str]]:
-    """What a rank that ended had to say: nothing, or one failure."""
+def _outcome(receiver: Connection, process: BaseProcess) -> Failure | None:
+    """What a rank that ended had to say: nothing, or its failure."""
     try:
-        result: tuple[int, str] | None = receiver.recv()
+        result: Failure | None = receiver.recv()
     except EOFError:
-        return [
-            (1, f"rank {rank} was killed (out of memory?); the last checkpoint is whole, run again to resume")
-        ]
-    return [result] if result else []
+        process.join()
+        code = process.exitcode or 0
+        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return 1, f"{process.name} ended by {end}; the checkpoints are whole, run again to resume"
+    return result
 
 
 def _rank(rank: int, size: int, port: int, config: TrainConfig, sender: Connection) -> None:

@@ -7,24 +7,20 @@ count like rows it would quarantine.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.probe import ClipInfo
-
 from jobs.console import console, count_table, print_json, table
-from pipeline.commit import replace
+from pipeline.clip import ClipInfo
 from pipeline.graph import manifest_items
 from pipeline.survey import survey
 from schemas.config import PreprocessConfig
 from schemas.errors import EXIT_DONE, EXIT_GATE, ManifestError
 from schemas.load import check_config, load_config
-from schemas.manifest import ManifestRow, RowProblem, split_rows
+from schemas.manifest import ManifestRow, RowProblem, split_rows, write_manifest
 
 _SHOWN = 40
 
@@ -52,7 +48,7 @@ def validate(
             problems.append(RowProblem(row.number, row.source, found.reason, found.message))
     problems.sort(key=lambda problem: problem.number)
     if output is not None:
-        replace(output, b"".join(_lines(output, [row for row, _ in good])))
+        write_manifest(output, [row for row, _ in good])
     report = _report(manifest, good, problems)
     if as_json:
         print_json(report)
@@ -119,13 +115,3 @@ def _print(report: dict[str, Any], problems: Sequence[RowProblem]) -> None:
         f"{report['rows']} rows: {report['good']} good, {report['bad']} bad"
         + (f", {report['duration_s']['sum']:.0f} s of video" if report["good"] else "")
     )
-
-
-def _lines(output: Path, rows: Sequence[ManifestRow]) -> Iterator[bytes]:
-    """Rows as JSONL; relative paths again resolve against the new manifest."""
-    folder = output.resolve().parent
-    for row in rows:
-        cells: dict[str, Any] = {"video": os.path.relpath(row.path, folder), "caption": row.caption}
-        window = {"start_s": row.start_s, "end_s": row.end_s}
-        cells |= {name: value for name, value in window.items() if value is not None}
-        yield json.dumps({**cells, **row.extra}, ensure_ascii=False, default=str).encode() + b"\n"

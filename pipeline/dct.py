@@ -8,8 +8,8 @@ that stands for a still picture means the same at every time. The trade-off: it 
 JPEG (half of the real clips are above 31 dB at 480 x 720 and above 27 dB at 192 x 288) and has none of
 a VAE's learned statistics; it is for demos and tests.
 
-Which coefficients: TABLE was chosen greedily for the highest mean PSNR over the 60 distinct clips of
-the project's collection that decode (49 frames spread over each whole clip, at 480 x 720 and at
+Which coefficients: TABLE was chosen greedily for the highest mean PSNR over 60 real clips, all that
+decode of the project's collection (49 frames spread over each whole clip, at 480 x 720 and at
 192 x 288); choosing on one half of the clips costs the other half 0.15 dB. The mean and standard
 deviation of each channel, over all times and places, are those of the 47 that show a scene: no test
 patterns, blank pictures or second copies.
@@ -124,7 +124,7 @@ class _Transform:
         # Four equal frames sum to 2 on the constant function of time and to 0 on the others.
         times = _dct(4) if group_frames == 4 else np.array([[2.0]])
         spaces = _dct(8)
-        colours = np.linalg.inv(_YCBCR).T
+        colors = np.linalg.inv(_YCBCR).T
         pairs = sorted({(time, row) for _, time, row, _ in functions})
         vertical = np.stack([np.outer(times[time], spaces[row]).ravel() for time, row in pairs])
         horizontal = np.stack(
@@ -141,7 +141,7 @@ class _Transform:
             [
                 np.outer(
                     vertical[pairs.index((time, row))] * (group_frames / 4),
-                    np.outer(spaces[column], colours[_PLANES.index(plane)]),
+                    np.outer(spaces[column], colors[_PLANES.index(plane)]),
                 ).ravel()
                 for plane, time, row, column in functions
             ]
@@ -153,7 +153,7 @@ class _Transform:
         unit = _VERTICAL_SCALE * _HORIZONTAL_SCALE * 127.5
         # Pixels are x / 127.5 - 1; the products see x, so the picture of ones is taken off at the end.
         ones = self.vertical.sum(1)[self.pairs] * self.horizontal.sum(1) / (unit / 127.5)
-        buffer = np.empty((height // 8, num_frames, 8, width * 3), np.float32)
+        buffer = np.empty((_BLOCK_ROWS, num_frames, 8, width * 3), np.float32)
         for group, latents in zip(groups, out, strict=True):
             rows = group.reshape(num_frames, height // 8, 8, width * 3).transpose(1, 0, 2, 3)
             for start in range(0, height // 8, _BLOCK_ROWS):

@@ -30,13 +30,13 @@ from pipeline.frames import (
     ONE,
     Choice,
     choose_frames,
-    coverage,
     frame_weights,
     hard_cuts,
     num_available,
     unblended_at,
 )
-from pipeline.normalize import Normalizer, color_of, display_size, orientation_of
+from pipeline.geometry import display_size, orientation_of
+from pipeline.normalize import Normalizer, color_of
 from pipeline.packets import read_packets
 from pipeline.pictures import PictureDecoder
 from pipeline.probe import first_picture
@@ -93,14 +93,13 @@ def decode_clip(
         outcome = decoder.planned(taken.homes, normalizer)
         if outcome.doubt:
             notes.append(f"decoded in order: {outcome.doubt}")
-            counted = outcome.out_of_order
-            outcome = decoder.in_order(taken.homes, normalizer, counted=counted)
+            outcome = decoder.in_order(taken.homes, normalizer)
             if not outcome.intact.issuperset(taken.homes):
                 hidden = set(packets.timeline.pts) - outcome.intact - outcome.damaged - outcome.failed
                 if hidden:
                     notes.append(f"{len(hidden)} of {len(packets.timeline.pts)} packets show no picture")
                 taken, normalizer = take(packets.timeline.without(hidden), outcome.intact)
-                outcome = decoder.in_order(taken.homes, normalizer, counted=counted)
+                outcome = decoder.in_order(taken.homes, normalizer)
                 if not outcome.intact.issuperset(taken.homes):
                     raise ClipError("damaged", f"its pictures do not decode twice alike: {outcome.doubt}")
         result = taken.finish()
@@ -115,7 +114,7 @@ def decode_clip(
             duration_s=taken.timeline.duration_s,
             num_pictures=len(taken.timeline.pts),
             pts_s=[round(taken.timeline.seconds(tick), 6) for tick in taken.choice.ticks],
-            coverage=coverage(taken.choice, taken.timeline),
+            coverage=taken.choice.coverage,
             effective_fps=taken.effective_fps,
             interpolated=taken.choice.interpolated,
             duplicated=taken.choice.duplicated,

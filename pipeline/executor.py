@@ -8,6 +8,7 @@ record is simply run again by the next run.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,7 +87,7 @@ class RayExecutor:
         self.workers = settings.workers
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if settings.address:
-            ray.init(address=settings.address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
                 address="local",
@@ -94,12 +95,12 @@ class RayExecutor:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
             )
-        actor = ray.remote(
+        actor: Any = ray.remote(
             num_cpus=1, num_gpus=settings.gpus_per_worker, max_restarts=-1, max_task_retries=0
         )(UnitWorker)
-        self._actors = [actor.remote(config, card) for _ in range(settings.workers)]
+        self._actors: list[Any] = [actor.remote(config, card) for _ in range(settings.workers)]
 
     def run(self, units: Sequence[Unit]) -> Iterator[UnitResult]:
         todo = list(reversed(units))

@@ -43,6 +43,8 @@ class Choice:
     """Per frame: its time; a picture's own timestamp where nothing is blended."""
     step: Fraction
     """Ticks of source time between frames."""
+    coverage: float
+    """Share of the timeline's duration that the frames stand for."""
 
     @property
     def needed(self) -> list[int]:
@@ -74,7 +76,9 @@ def choose_frames(timeline: Timeline, *, num_frames: int, frames: FramesConfig) 
         step = Fraction(timeline.end - pts[0], num_frames)
         pictures = _uniform(timeline, num_frames) if len(pts) >= num_frames else list(range(len(pts)))
     else:
-        step = 1 / (_fraction(frames.target_fps) * timeline.time_base)
+        # 29.97, 25 / 3 and 24000 / 1001 mean the fraction they round, not a binary neighbour of it.
+        exact = Fraction(frames.target_fps)
+        step = 1 / ((exact.limit_denominator(1001) or exact) * timeline.time_base)
         count = min(num_frames, -((pts[0] - timeline.end) // step))
         pictures = _on_screen(timeline, step, count)
     if len(pictures) < num_frames:
@@ -88,14 +92,6 @@ def choose_frames(timeline: Timeline, *, num_frames: int, frames: FramesConfig) 
             message = _too_short(timeline, num_frames, len(pictures), frames)
             raise ClipError("too_short", message) if frames.short == "drop" else RunError(message)
     return _unblended(timeline, pictures, step)
-
-
-def coverage(choice: Choice, timeline: Timeline) -> float:
-    """Share of the timeline's duration that the frames stand for."""
-    last = choice.needed[-1] + 1
-    shown = (timeline.pts[last] if last < len(timeline.pts) else timeline.end) - timeline.pts[0]
-    covered = max(Fraction(shown), choice.step * len(choice.pictures))
-    return float(min(Fraction(1), covered / (timeline.end - timeline.pts[0])))
 
 
 def num_available(duration_s: float, num_pictures: int, *, frames: FramesConfig) -> int:
@@ -157,7 +153,7 @@ def frame_weights(choice: Choice, timeline: Timeline) -> list[float]:
 def _uniform(timeline: Timeline, num_frames: int) -> list[int]:
     """As many frames as asked from at least as many pictures."""
     count = len(timeline.pts)
-    if count == num_frames or timeline.interval is not None:
+    if count == num_frames or timeline.grid is not None:
         return [i * count // num_frames for i in range(num_frames)]
     return _on_screen(timeline, Fraction(timeline.end - timeline.pts[0], num_frames), num_frames)
 
@@ -165,8 +161,9 @@ def _uniform(timeline: Timeline, num_frames: int) -> list[int]:
 def _on_screen(timeline: Timeline, step: Fraction, count: int) -> list[int]:
     """The picture on screen at each of `count` times, `step` ticks apart."""
     pts = timeline.pts
-    if timeline.interval is not None:
-        return [min(int(i * step / timeline.interval), len(pts) - 1) for i in range(count)]
+    if timeline.grid is not None:
+        interval, slack = timeline.grid
+        return [min(int((i * step + slack) / interval), len(pts) - 1) for i in range(count)]
     return [bisect.bisect_right(pts, pts[0] + int(i * step)) - 1 for i in range(count)]
 
 
@@ -196,12 +193,13 @@ def _spread(timeline: Timeline, num_frames: int) -> Choice:
         pictures.append(picture)
         blends.append(blend)
         ticks.append(tick if blend else Fraction(pts[picture]))
-    return Choice(tuple(pictures), tuple(blends), tuple(ticks), step)
+    return Choice(tuple(pictures), tuple(blends), tuple(ticks), step, coverage=1.0)
 
 
 def _unblended(timeline: Timeline, pictures: Sequence[int], step: Fraction) -> Choice:
     ticks = tuple(Fraction(timeline.pts[picture]) for picture in pictures)
-    return Choice(tuple(pictures), (0,) * len(pictures), ticks, step)
+    coverage = min(Fraction(1), step * len(pictures) / (timeline.end - timeline.pts[0]))
+    return Choice(tuple(pictures), (0,) * len(pictures), ticks, step, float(coverage))
 
 
 def _too_short(timeline: Timeline, num_frames: int, found: int, frames: FramesConfig) -> str:
@@ -210,8 +208,3 @@ def _too_short(timeline: Timeline, num_frames: int, found: int, frames: FramesCo
         f"{found} pictures{rate} in {timeline.duration_s:.2f} s where {num_frames} frames are wanted; "
         f"frames.short = {frames.short!r} refuses to fill up (interpolate or repeat_last would)"
     )
-
-
-def _fraction(value: float) -> Fraction:
-    """The decimal a person wrote: 29.97, not its nearest binary number."""
-    return Fraction(repr(float(value)))

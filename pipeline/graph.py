@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pipeline.discover import discover
 
 from pipeline.commit import commit_once, make_folder, replace
+from pipeline.discover import discover
 from pipeline.executor import open_executor
 from pipeline.generation import Unit, add_generation, known_sources, pending_units
 from pipeline.progress import Tally, track

@@ -38,7 +38,8 @@ class Packets:
     kept: Sequence[Packet[VideoStream]] | None
     """None above KEEP_BYTES."""
     timed: bool
-    """False where packets carry no timestamps (raw streams): pictures are then known by their order."""
+    """False where packets carry no timestamps (raw streams) or number the decode order (B-pictures in
+    AVI): the n-th picture to come out is then the n-th of the timeline."""
     damage: str
     """Why reading stopped before the end of the file; empty if it did not."""
 
@@ -90,14 +91,16 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
         damage = f"the file breaks off after {len(outline)} packets: {error.strerror}"
     if not outline:
         raise ClipError("no_pictures", damage or "the video stream holds no packets")
-    timed = 2 * sum(packet.pts is not None for packet in outline) >= len(outline)
-    timeline = _timeline(outline, video.stream, timed=timed)
+    timeline = _timeline(outline, video.stream)
     if timeline.duration_s > limits.max_seconds:
         raise ClipError(
             "limit_seconds",
             f"{timeline.duration_s:.1f} s long, over limits.max_seconds = {limits.max_seconds}",
         )
     pts = [packet.pts for packet in outline]
+    known = [tick for tick in pts if tick is not None]
+    numbered = video.container_name == "avi" and video.decoder.has_b_frames and known == sorted(known)
+    timed = _mostly_timed(outline) and not numbered
     return Packets(video, timeline, pts, [packet.key for packet in outline], kept, timed, damage)
 
 
@@ -111,10 +114,15 @@ class _Outline(NamedTuple):
     shown: bool
 
 
-def _timeline(outline: Sequence[_Outline], stream: VideoStream, *, timed: bool) -> Timeline:
+def _mostly_timed(outline: Sequence[_Outline]) -> bool:
+    """Whether timestamps can be relied on; the second packet of a field pair may lack one."""
+    return 2 * sum(packet.pts is not None for packet in outline) >= len(outline)
+
+
+def _timeline(outline: Sequence[_Outline], stream: VideoStream) -> Timeline:
     """Presentation order of the packets that show a picture; without timestamps, a constant rate."""
     rate = stream.guessed_rate or stream.average_rate or Fraction(25)
-    if not timed:
+    if not _mostly_timed(outline):
         pictures = {i: packet._replace(duration=1) for i, packet in enumerate(outline)}
         time_base = 1 / rate
     else:

@@ -35,7 +35,7 @@ class Outcome:
     damaged: set[int] = field(default_factory=set)
     """Flagged by the decoder, or after an error and before the next clean key frame."""
     failed: set[int] = field(default_factory=set)
-    """Whose packet raised an error."""
+    """Whose packet raised an error, or was fed after one and before the next clean key frame."""
     out_of_order: bool = False
     """Pictures came out without a timestamp or with one not after the last."""
     doubt: str = ""
@@ -47,27 +47,29 @@ class PictureDecoder:
 
     def __init__(self, video: Video, packets: Packets, *, limits: LimitsConfig) -> None:
         self._decoder, self._packets, self._limits = video.decoder, packets, limits
+        self._counted = not packets.timed
 
     def planned(self, homes: Mapping[int, np.ndarray], normalizer: Normalizer) -> Outcome:
         """Decode as little as possible to fill `homes` (tick -> [H, W, 3])."""
-        if not self._packets.timed:
-            return Outcome(doubt="its packets carry no timestamps")
-        outcome = self._run(spans(self._packets, homes), homes, normalizer, skip=True, counted=False)
+        if self._counted:
+            return Outcome(doubt="its packets do not say when their pictures are shown")
+        outcome = self._run(needed_spans(self._packets, homes), homes, normalizer, skip=True)
         missing = homes.keys() - outcome.intact - outcome.damaged
         if missing and not outcome.doubt:
             outcome.doubt = f"{len(missing)} of {len(homes)} wanted pictures did not come out by plan"
         return outcome
 
-    def in_order(
-        self, homes: Mapping[int, np.ndarray], normalizer: Normalizer, *, counted: bool = False
-    ) -> Outcome:
+    def in_order(self, homes: Mapping[int, np.ndarray], normalizer: Normalizer) -> Outcome:
         """Decode from the first packet until every wanted picture is there intact, or to the end.
 
-        `counted`: the n-th picture that comes out is the n-th of the timeline, whatever it says itself.
+        Where pictures turn out to carry no usable times, the n-th to come out is the n-th of the timeline.
         """
         everything = [(0, len(self._packets.pts) - 1)]
-        counted = counted or not self._packets.timed
-        return self._run(everything, homes, normalizer, skip=False, counted=counted)
+        outcome = self._run(everything, homes, normalizer, skip=False)
+        if outcome.out_of_order and not self._counted:
+            self._counted = True
+            outcome = self._run(everything, homes, normalizer, skip=False)
+        return outcome
 
     def _run(
         self,
@@ -76,7 +78,6 @@ class PictureDecoder:
         normalizer: Normalizer,
         *,
         skip: bool,
-        counted: bool,
     ) -> Outcome:
         outcome = Outcome()
         waiting = set(homes)
@@ -97,13 +98,11 @@ class PictureDecoder:
                 except av.FFmpegError as error:
                     tainted = True
                     outcome.doubt = outcome.doubt or f"an undecodable packet: {error.strerror}"
-                    if packet is not None and (tick := pts[i]) is not None:
-                        outcome.failed.add(tick)
-                    continue
+                    pictures = []
                 for picture in pictures:
                     check_pixels(picture.width, picture.height, self._limits)
                     tick = picture.pts
-                    if counted:
+                    if self._counted:
                         tick = timeline[count] if count < len(timeline) else None
                     count += 1
                     if tick is None or (before is not None and tick <= before):
@@ -119,12 +118,14 @@ class PictureDecoder:
                         normalizer.convert(picture, homes[tick])
                         if not tainted:
                             waiting.discard(tick)
+                if tainted and (tick := pts[i]) is not None:
+                    outcome.failed.add(tick)
                 if not skip and not waiting:
                     return outcome
         return outcome
 
 
-def spans(packets: Packets, wanted: Mapping[int, object]) -> list[tuple[int, int]]:
+def needed_spans(packets: Packets, wanted: Mapping[int, object]) -> list[tuple[int, int]]:
     """Runs of packets (first, last) that hold all that is needed to decode the pictures `wanted`.
 
     The start for a wanted picture is the last key packet at or before it in decode order that is also

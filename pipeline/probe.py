@@ -14,7 +14,8 @@ from av.video.frame import VideoFrame
 
 from pipeline.clip import ClipInfo
 from pipeline.container import Video, check_pixels, describe, open_video
-from pipeline.normalize import color_of, display_size, orientation_of
+from pipeline.geometry import display_size, orientation_of
+from pipeline.normalize import color_of
 from pipeline.packets import Packets, read_packets
 from schemas.config import LimitsConfig
 from schemas.errors import ClipError

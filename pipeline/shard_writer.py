@@ -82,7 +82,7 @@ class ShardWriter:
                 shape=tensor.shape,
                 offset=start + spans[name].offset,
                 nbytes=spans[name].nbytes,
-                checksum=checksum(tensor.data),
+                checksum=checksum(memoryview(payload)[spans[name].offset :][: spans[name].nbytes]),
             )
             for name, tensor in tensors.items()
         }

@@ -11,10 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from queue import SimpleQueue
 
+from pipeline.clip import ClipInfo
 from pipeline.frames import check_window
-from pipeline.probe import ClipInfo
 from pipeline.sandbox import DecoderProcess
-
 from schemas.config import PreprocessConfig
 from schemas.errors import ClipError
 from schemas.manifest import ManifestRow

@@ -12,8 +12,18 @@ import functools
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import NamedTuple
 
 from schemas.errors import ClipError
+
+
+class Grid(NamedTuple):
+    """A constant rate."""
+
+    interval: Fraction
+    """Ticks per picture."""
+    slack: int
+    """Ticks by which a timestamp may be off: 1 where the rate does not fit whole ticks."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +51,22 @@ class Timeline:
     @property
     def fps(self) -> float:
         """Pictures per second; the mean where the rate varies."""
-        return (
-            len(self.pts) / self.duration_s
-            if self.interval is None
-            else float(1 / self.interval / self.time_base)
+        ticks = (
+            (self.end - self.pts[0]) / Fraction(len(self.pts)) if self.grid is None else self.grid.interval
         )
+        return float(1 / (ticks * self.time_base))
 
     @functools.cached_property
-    def interval(self) -> Fraction | None:
-        """Ticks per picture where the timestamps are an even grid rounded to whole ticks, else None.
-
-        Exact for an even grid; for a rounded one the simplest fraction that explains it.
-        """
+    def grid(self) -> Grid | None:
+        """The constant rate of the pictures, None where it varies."""
         n, span = len(self.pts) - 1, self.pts[-1] - self.pts[0]
         if n < 1:
             return None
         worst = max(abs((tick - self.pts[0]) * n - i * span) for i, tick in enumerate(self.pts))
         if worst == 0:
-            return Fraction(span, n)
+            return Grid(Fraction(span, n), 0)
         # One tick off the grid is rounding, unless ticks are so coarse that it could be a lost picture.
-        if worst > n or span < 4 * n:
-            return None
-        return _simplest(Fraction(span - 1, n), Fraction(span + 1, n))
+        return Grid(Fraction(span, n), 1) if worst <= n and span >= 4 * n else None
 
     def seconds(self, tick: int | Fraction) -> float:
         """Seconds from the stream's first picture."""
@@ -102,13 +106,3 @@ class Timeline:
     def _tick(self, seconds: float) -> int:
         """Nearest tick; the decimal the person wrote counts, not its binary neighbour."""
         return self.origin + round(Fraction(repr(float(seconds))) / self.time_base)
-
-
-def _simplest(low: Fraction, high: Fraction) -> Fraction:
-    """The fraction with the smallest denominator in [low, high] (Stern-Brocot descent)."""
-    whole = low.numerator // low.denominator
-    if whole == low:
-        return low
-    if whole + 1 <= high:
-        return Fraction(whole + 1)
-    return whole + 1 / _simplest(1 / (high - whole), 1 / (low - whole))

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess
 
 from pipeline.generation import Unit
+from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess
 from pipeline.shard_writer import ShardWriter
 from pipeline.text_encode import TextEncoder, load_text_encoder
 from pipeline.video_encode import VideoEncoder, load_video_encoder, stored_latents

@@ -135,6 +135,6 @@ def from_float32(values: np.ndarray, *, dtype: str) -> Tensor:
     return Tensor(dtype, values.astype(DTYPES[dtype], copy=False))
 
 
-def checksum(buffer: bytes | bytearray | memoryview | np.ndarray) -> str:
+def checksum(buffer: bytes | bytearray | memoryview) -> str:
     """CRC-32 of the bytes; every single-bit and single-byte change alters it."""
     return f"crc32:{zlib.crc32(buffer):08x}"

@@ -148,6 +148,19 @@ def split_rows(
     return rows, problems
 
 
+def write_manifest(path: Path, rows: Iterable[ManifestRow]) -> None:
+    """Rows as JSONL that `read_manifest` reads back; paths relative to it, but absolute ones stay so."""
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            absolute = os.path.isabs(row.source)
+            video = row.source if absolute else os.path.relpath(row.path, path.resolve().parent)
+            window = {"start_s": row.start_s, "end_s": row.end_s}
+            given = {name: value for name, value in window.items() if value is not None}
+            cells = {"video": video, "caption": row.caption, **given, **row.extra}
+            file.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n")
+
+
 def _file_problem(row: ManifestRow) -> RowProblem | None:
     try:
         mode = os.stat(row.path).st_mode

@@ -12,7 +12,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 _OPTIONS = {
-    "libx264": {"preset": "veryfast", "crf": "12"},
+    "libx264": {"preset": "veryfast", "crf": "12", "x264-params": "scenecut=0"},
     "libx265": {"preset": "ultrafast", "crf": "12", "x265-params": "log-level=none:pools=1"},
     "libvpx": {"deadline": "realtime", "cpu-used": "8", "b:v": "2M"},
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "crf": "10", "b:v": "0"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,7 +30,9 @@ def export(saved: Saved, output: Path) -> None:
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(**architecture.config)
     weights = {name: torch.empty(tensor.shape) for name, tensor in model.state_dict().items()}
-    load_state({"model": weights}, checkpoint_id=saved.path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant: one process
+        load_state({"model": weights}, checkpoint_id=saved.path, no_dist=True)
     model.load_state_dict(weights, assign=True)
     temporary = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -56,16 +56,14 @@ class Loader:
 
     def __init__(self, dataset: Path, *, config: TrainConfig, rank: int = 0, world_size: int = 1) -> None:
         _check_slots(config.data.slots, world_size)
-        self._catalog = Catalog(dataset)
-        self.card = self._catalog.card
-        self.prompt_width = int(self._catalog.prompt_shapes[0, 1])
-        """D of every prompt_embeds."""
+        self.catalog = Catalog(dataset)
+        self.card = self.catalog.card
         self._config, self._rank, self._world_size = config, rank, world_size
-        self._plans = {stage.name: _plan_stage(self._catalog, stage, config) for stage in config.stages}
+        self._plans = {stage.name: _plan_stage(self.catalog, stage, config) for stage in config.stages}
         # Reading ahead crosses into the next epoch while this one's last steps are still asked about;
         # remembering the steps in flight keeps the plan from going back and forth over that line.
         self._step_plan = lru_cache(maxsize=config.data.prefetch + 4)(self._plan_step)
-        self._reader = SampleReader(self._catalog)
+        self._reader = SampleReader(self.catalog)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         self._requests: Iterator[tuple[StageConfig, PackPlan]] = iter(())
         self._pending: deque[Future[Pack]] = deque()
@@ -94,15 +92,15 @@ class Loader:
             name: hashlib.sha256(stage.tokens.tobytes()).hexdigest() for name, stage in self._plans.items()
         }
         return digest_of(
-            [PLAN_VERSION, self._catalog.digest(), self._config.seed, data.budget_tokens, data.slots, stages]
+            [PLAN_VERSION, self.catalog.digest(), self._config.seed, data.budget_tokens, data.slots, stages]
         )
 
     def describe(self) -> str:
         """A few lines for the log: what there is to train on, and what each stage makes of it."""
-        offsets, pts_s = self._catalog.pts_offsets, self._catalog.pts_s
+        offsets, pts_s = self.catalog.pts_offsets, self.catalog.pts_s
         seconds = float((pts_s[offsets[1:] - 1] - pts_s[offsets[:-1]]).sum())
         lines = [
-            f"{len(self._catalog)} samples, {seconds:.1f} s of video, {len(self._catalog.shard_sizes)} shards"
+            f"{len(self.catalog)} samples, {seconds:.1f} s of video, {len(self.catalog.shard_sizes)} shards"
         ]
         for name, stage in self._plans.items():
             packs, fill = stage.plan.epoch_size()
@@ -151,7 +149,7 @@ class Loader:
 
     def _read(self, stage: StageConfig, pack: PackPlan) -> Pack:
         latent_frames = self._plans[stage.name].latent_frames
-        catalog, seed = self._catalog, self._config.seed
+        catalog, seed = self.catalog, self._config.seed
         return Pack(
             tuple(
                 self._reader.segment(

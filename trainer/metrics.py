@@ -88,7 +88,7 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     steps = [record["step"] for record in records]
     losses = [record["loss"] for record in records]
-    window = max(1, len(steps) // 10)
+    window = max(1, len(steps) // 5)
     means = [_mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()

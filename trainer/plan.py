@@ -1,9 +1,9 @@
 """The global plan: token counts of all samples in, the packs of any step out, the same on every rank.
 
 A pure function of (fingerprint, seed, stage, epoch) and the samples' lengths: nothing to save, nothing
-to send. Every epoch packs every sample once; packs that do not fill a step lead the next epoch's
-first one, so none is dropped or doubled. The price: step k is found by planning all epochs before it
-(about a second per million samples), and an epoch is planned lazily while it is trained on.
+to send. Every epoch packs every sample once; packs that do not fill a step are carried into the next
+epoch's steps, so none is dropped or doubled. The price: step k is found by planning all epochs before
+it (two to three seconds per million samples); an epoch is planned lazily while it is trained on.
 """
 
 from __future__ import annotations

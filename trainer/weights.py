@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,10 +112,13 @@ def _random_config(model: ModelConfig, data: DataShape) -> dict[str, Any]:
 
 
 def _random_value(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor:
-    """Norms start as identity, biases at 0, the last layer at 0 (the first prediction is 0, not noise)."""
+    """Norms start as identity, biases at 0; modulation and the last layer too, as in DiT's adaLN-Zero.
+
+    Every block then passes its input on and the first prediction is 0 (https://arxiv.org/abs/2212.09748).
+    """
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
-    if name.startswith("proj_out."):
+    if re.search(r"norm\w*\.linear\.|^proj_out\.", name):
         return torch.zeros(shape)
     fan_in = math.prod(shape[1:])
     return torch.randn(shape, generator=keyed_generator(seed, "init", name)) / math.sqrt(fan_in)

@@ -110,11 +110,9 @@ def test_a_hang_or_a_crash_costs_one_job_and_the_child_starts_again(
 
 
 def made_report() -> Report:
-    def clip(name: str, codec: str, ours: float | None, decord: float | None, bare: float) -> ClipResult:
-        cells = {"ours": Cell(ours, 30), "decord": Cell(decord, 30), "bare decode": Cell(bare, 30)}
-        return ClipResult(
-            name, codec, {k: c if c.cpu_s else Cell(None, None, "error: no") for k, c in cells.items()}
-        )
+    def clip(name: str, codec: str, *seconds: float | None) -> ClipResult:
+        cells = [Cell(None, None, "error: no") if cpu_s is None else Cell(cpu_s, 30) for cpu_s in seconds]
+        return ClipResult(name, codec, dict(zip(("ours", "decord", "bare decode"), cells, strict=True)))
 
     clips = [
         clip("a", "h264", 1.0, 2.0, 0.5),

@@ -52,8 +52,17 @@ def test_a_file_system_without_links_is_named(tmp_path: Path, monkeypatch: pytes
 def test_the_record_is_synced_before_it_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protocol order: data durable, then the name, then the folder."""
     calls: list[str] = []
-    fsync, link = os.fsync, os.link
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(os, "link", lambda a, b: (calls.append("link"), link(a, b))[1])
+
+    def watch(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*args: object) -> object:
+            calls.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    watch("fsync")
+    watch("link")
     commit.commit_once(tmp_path / "u.json", b"x")
     assert calls == ["fsync", "link", "fsync"]

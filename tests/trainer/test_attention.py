@@ -23,7 +23,8 @@ def one_span(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
 ) -> torch.Tensor:
     """A wrong route: every clip sees its neighbours."""
-    return F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(0, 1)
 
 
 @pytest.mark.parametrize("head_dim", [16, 64])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from schemas.codec import as_float32, checksum
+from schemas.codec import Tensor, as_float32, checksum
 from schemas.config import DataConfig, LrConfig, StageConfig, TrainConfig
 from schemas.errors import ConfigError, DatasetError
 from schemas.scaling import Scaling, scale
-from tests.trainer.datasets import PROMPT_WIDTH, SHAPES, clip_tensors, prompt_tensors, write_dataset
+from tests.trainer.datasets import PROMPT_WIDTH, SHAPES, Shape, clip_tensors, prompt_tensors, write_dataset
 from trainer.loader import Loader
+from trainer.order import keyed_order
 from trainer.packing import Pack, Segment
+from trainer.reader import SampleReader
 
 BUDGET = 60
 
@@ -74,7 +76,6 @@ def test_what_was_written_comes_back_scaled(tmp_path: Path, dtype: Any, scaling:
     clips = numbers(dataset)
     seen = set()
     with Loader(dataset, config=train_config()) as loader:
-        assert (loader.prompt_width, loader.card.geometry.channels) == (PROMPT_WIDTH, 16)
         for segment in all_segments(loader, steps=8):
             number = clips[segment.sample_id]
             stored = as_float32(clip_tensors(number, SHAPES[number], store="mean", dtype=dtype)["latents"])
@@ -199,14 +200,72 @@ def flip(dataset: Path, column: str, *, at: int = 5) -> tuple[str, str]:
 def test_a_flipped_bit_is_found_and_named(tmp_path: Path, column: str, prefetch: int) -> None:
     dataset = write_dataset(tmp_path / "latents")
     with Loader(dataset, config=train_config(prefetch=prefetch)) as loader:
-        assert len(all_segments(loader, steps=8)) > len(SHAPES)
+        samples = [[s.sample_id for pack in loader.packs(step) for s in pack.segments] for step in range(8)]
     shard, sample = flip(dataset, column)
+    needed = next(step for step in range(8) if sample in samples[step])
     with Loader(dataset, config=train_config(prefetch=prefetch)) as loader:
-        for _ in range(2):  # and again when asked again, not an end of data
+        for step in range(needed):
+            loader.packs(step)
+        for _ in range(2):  # asked again it fails again, and skips nothing
             with pytest.raises(
                 DatasetError, match=rf"{shard}, sample {sample}: {column} has crc32:.* verify"
             ):
-                all_segments(loader, steps=8)
+                loader.packs(needed)
+
+
+def test_reads_that_stop_early_are_continued(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+
+    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
+        return preadv(fd, [buffers[0][:1000]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    with Loader(dataset, config=train_config()) as loader:  # checksums tell whether the parts fit
+        assert {segment.sample_id for segment in all_segments(loader, steps=8)} == set(numbers(dataset))
+
+
+def test_what_was_read_ahead_is_used(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    segment = SampleReader.segment
+
+    def recording(self: SampleReader, row: int, *, latent_frames: int, key: str) -> Segment:
+        read.append(key)
+        return segment(self, row, latent_frames=latent_frames, key=key)
+
+    monkeypatch.setattr(SampleReader, "segment", recording)
+    with Loader(dataset, config=train_config(prefetch=3)) as loader:
+        used = [segment.key for segment in all_segments(loader, steps=20)]
+    assert read[: len(used)] == used
+    assert len(set(read)) == len(read)
+
+
+def test_epochs_are_planned_once_while_steps_come_in_sequence(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[int] = []
+
+    def recording(sizes: Sequence[int], *, key: int) -> np.ndarray:
+        planned.append(key)
+        return keyed_order(sizes, key=key)
+
+    monkeypatch.setattr("trainer.plan.keyed_order", recording)
+    with Loader(dataset, config=train_config(prefetch=3)) as loader:
+        for step in range(20):
+            loader.packs(step)
+            loader.step_weights(step)
+    assert len(planned) == len(set(planned)) > 5
+
+
+def test_the_log_variance_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loud(number: int, shape: Shape, *, store: str, dtype: Any) -> dict[str, Tensor]:
+        tensors = clip_tensors(number, shape, store=store, dtype=dtype)
+        return {**tensors, "logvar": Tensor("F32", np.full_like(tensors["mean"].data, 1000.0))}
+
+    monkeypatch.setattr("tests.trainer.datasets.clip_tensors", loud)
+    dataset = write_dataset(tmp_path / "latents", scaling=Scaling(rule="none"))
+    with Loader(dataset, config=train_config()) as loader:
+        latents = torch.cat([segment.latents.flatten() for segment in all_segments(loader, steps=8)])
+    assert latents.std() == pytest.approx(np.exp(20 / 2), rel=0.05)
 
 
 def test_a_checksum_is_taken_once_per_tensor(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,6 +393,9 @@ def test_the_plan_digest_follows_whatever_changes_the_steps(dataset: Path, tmp_p
     digests.append(plan_digest(fewer, train_config()))
     assert len(set(digests)) == len(digests)
     assert plan_digest(dataset, train_config(prefetch=0)) == digests[0]
+    table = change(pq.read_table(fewer / "index.parquet"), "caption_digest", "0" * 32)
+    pq.write_table(table, fewer / "index.parquet")
+    assert plan_digest(fewer, train_config()) not in digests
 
 
 def test_a_sample_longer_than_the_budget_is_a_config_error(dataset: Path) -> None:

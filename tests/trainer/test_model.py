@@ -26,7 +26,9 @@ from trainer.positions import rotary_table
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("variant", list(CONFIGS))
@@ -129,7 +131,7 @@ def test_a_pack_whose_parts_disagree_is_refused() -> None:
         {"cos": inputs.cos[:-1] if inputs.cos is not None else None},
     ):
         with pytest.raises(ValueError, match="parts disagree"):
-            dataclasses.replace(inputs, **change)  # type: ignore[arg-type]
+            dataclasses.replace(inputs, **change)
     with pytest.raises(ValueError, match="must rise strictly"):
         dataclasses.replace(inputs, cu_seqlens=inputs.cu_seqlens.flip(0))
     with pytest.raises(ValueError, match="as many of each"):

@@ -36,8 +36,10 @@ def test_noising_and_target_are_those_of_diffusers(timestep: int) -> None:
     clean = torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(1))
     noisy, target = VObjective(schedule).noised(clean, key="clip", timestep=timestep)
     last, _ = VObjective(schedule).noised(clean, key="clip", timestep=999)  # at zero SNR: the noise itself
-    scheduler, t = stock_scheduler(schedule), torch.tensor([timestep])
-    torch.testing.assert_close(noisy, scheduler.add_noise(clean[None], last[None], t)[0], rtol=1e-5, atol=2e-6)
+    scheduler, t = stock_scheduler(schedule), torch.IntTensor([timestep])
+    torch.testing.assert_close(
+        noisy, scheduler.add_noise(clean[None], last[None], t)[0], rtol=1e-5, atol=2e-6
+    )
     torch.testing.assert_close(
         target, scheduler.get_velocity(clean[None], last[None], t)[0], rtol=1e-5, atol=2e-6
     )
@@ -50,7 +52,7 @@ def test_the_error_of_v_is_the_weighted_error_of_the_clean_latents(timestep: int
     generator = torch.Generator().manual_seed(2)
     clean, output = torch.randn(2, 3, 4, 6, 8, generator=generator).double()
     noisy, target = VObjective(schedule).noised(clean, key="clip", timestep=timestep)
-    scheduler, t = stock_scheduler(schedule), torch.tensor([timestep])
+    scheduler, t = stock_scheduler(schedule), torch.IntTensor([timestep])
     predicted = scheduler.get_velocity(output[None], noisy[None], t)[0]
     stock = (predicted - clean).square().mean() / (1 - scheduler.alphas_cumprod[timestep])
     ours = clip_errors(output.flatten(1), target.flatten(1), lengths=[3])[0]

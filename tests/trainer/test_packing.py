@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.packing import Pack, Segment, plan_packs
+from trainer.packing import Pack, Segment, iter_packs, plan_packs
 
 
 @settings(deadline=None)
@@ -41,6 +41,12 @@ def test_curriculum_lengths_fill_99_percent_of_twice_the_longest() -> None:
     capacity = 2 * max(lengths)
     packs = plan_packs(lengths, capacity=capacity)
     assert sum(lengths) / (len(packs) * capacity) > 0.99
+
+
+def test_packs_come_while_lengths_are_still_read() -> None:
+    lengths = iter([60] * 100)  # no two fit together: the fourth is one bin too many
+    assert next(iter_packs(lengths, capacity=100, open_bins=3)) == [0]
+    assert len(list(lengths)) == 96
 
 
 def test_the_last_packs_are_packed_again_longest_first() -> None:

@@ -1,0 +1,123 @@
+"""The launcher of `latentpress train`: ranks as processes, one error, stop signals, nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.train import export_model, train
+from schemas.config import TrainConfig
+from schemas.errors import ConfigError
+from schemas.load import load_config
+from tests.trainer.datasets import write_dataset
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+START = "import sys; from jobs.train import train; sys.exit(train(sys.argv[1], nproc=int(sys.argv[2])))"
+TEXT = """
+dataset = "{folder}/set"
+output = "{folder}/run"
+model = {{ num_attention_heads = 1, attention_head_dim = 16, time_embed_dim = 16, num_layers = 1 }}
+data = {{ budget_tokens = 64, slots = 2 }}
+checkpoint = {{ every = 5, keep = 2 }}
+[[stages]]
+name = "only"
+steps = {steps}
+lr = {{ peak = 1e-3 }}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    write_dataset(folder / "set")
+    return folder
+
+
+def config_file(folder: Path, *, steps: int) -> Path:
+    path = folder / "train.toml"
+    path.write_text(TEXT.format(folder=folder, steps=steps))
+    return path
+
+
+def start(path: Path, *, nproc: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", START, str(path), str(nproc)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    for _ in range(900):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise TimeoutError(what)
+
+
+def gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def newest_step(folder: Path) -> int:
+    latest = folder / "run" / "checkpoints" / "latest"
+    return int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
+
+
+def test_one_rank_trains_here_resumes_finishes_and_exports(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config_file(folder, steps=3)
+    output = f"output={tmp_path}/run"
+    assert train(path, overrides=[output]) == 0
+    assert "finished: 3 steps" in capsys.readouterr().out
+    written = load_config(tmp_path / "run" / "config.toml", TrainConfig)
+    assert written == load_config(path, TrainConfig, overrides=[output])
+    assert train(path, overrides=[output]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert train(path, overrides=[output, "stages.0.steps=5"]) == 0
+    assert "resuming after step 3" in capsys.readouterr().out
+    assert export_model(tmp_path / "run", tmp_path / "out") == 0
+    assert "(step 5)" in capsys.readouterr().out
+    assert (tmp_path / "out" / "config.json").is_file()
+    with pytest.raises(ConfigError, match="seed: checkpoint 0, config 7"):
+        train(path, overrides=[output, "seed=7"])
+
+
+def test_a_failing_rank_is_one_error(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.slots = 3: expected a multiple of the 2 data-parallel ranks"
+    ):
+        train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run", "data.slots=3"], nproc=2)
+
+
+def test_a_signal_ends_two_ranks_after_a_save_and_a_kill_leaves_none(folder: Path) -> None:
+    path = config_file(folder, steps=100_000)
+    first = start(path, nproc=2)
+    wait_until(lambda: newest_step(folder) > 0, "no checkpoint")
+    first.send_signal(signal.SIGTERM)
+    out, _ = first.communicate(timeout=90)
+    assert first.returncode == 0, out
+    assert "requeue me, the same command resumes" in out
+    wait_until(lambda: gone(first.pid), "ranks outlived their stopped launcher")
+    done = newest_step(folder)
+    second = start(path, nproc=2)
+    wait_until(lambda: newest_step(folder) > done, "no later checkpoint")
+    second.kill()
+    out, _ = second.communicate(timeout=90)
+    assert f"resuming after step {done} " in out
+    wait_until(lambda: gone(second.pid), "ranks outlived their killed launcher")
