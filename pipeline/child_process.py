@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import RunError
-
 START_TIMEOUT_S = 60.0
 """For a new child to import its libraries and say it is ready."""
 EXIT_TIMEOUT_S = 5.0
@@ -43,14 +41,10 @@ class ChildProcess:
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         self._lines, self._stderr = b"", b""
+        self.ready = False
+        """Whether it has finished starting."""
+        self._start_deadline = time.monotonic() + START_TIMEOUT_S
         self.send(setup)
-        try:
-            ready = self.receive(time.monotonic() + START_TIMEOUT_S)
-        except TimeoutError:
-            ready = None
-        if ready is None:
-            self.kill()
-            raise RunError(f"the decoder process does not start: {self.epitaph()}")
 
     def send(self, message: dict[str, Any]) -> None:
         """Write one line; a child that is already dead is noticed by `receive`."""
@@ -60,23 +54,28 @@ class ChildProcess:
             self._process.stdin.flush()
 
     def receive(self, deadline: float) -> dict[str, Any] | None:
-        """The next line, None once the child is gone; TimeoutError past `deadline` (monotonic seconds)."""
+        """The next line, None once the child is gone; TimeoutError past `deadline` (monotonic seconds).
+
+        The child's first line says that it is ready; until then it has START_TIMEOUT_S.
+        """
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         out, err = self._process.stdout.fileno(), self._process.stderr.fileno()
         while b"\n" not in self._lines:
-            ready, _, _ = select.select([out, err], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
+            limit = deadline if self.ready else self._start_deadline
+            heard, _, _ = select.select([out, err], [], [], max(0.0, limit - time.monotonic()))
+            if not heard:
                 raise TimeoutError
-            if err in ready:
+            if err in heard:
                 self._stderr = (self._stderr + os.read(err, 65536))[-STDERR_BYTES:]
-            if out in ready:
+            if out in heard:
                 data = os.read(out, 65536)
                 if not data:
                     return None
                 self._lines += data
         line, _, self._lines = self._lines.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
+        self.ready = True
         return message
 
     def epitaph(self) -> str:

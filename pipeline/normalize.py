@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
+import av
 import numpy as np
 from av.filter import Graph
 from av.video.frame import VideoFrame
@@ -21,6 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace, ColorTrc, Interpolation
 
 from pipeline.geometry import Orientation, fit, orientation_of
 from schemas.config import BucketConfig, ResizeConfig
+from schemas.errors import ClipError
 
 _SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020"}
@@ -37,7 +39,7 @@ _UNTAGGED_HD_HEIGHT = 720
 _TRANSFERS = {int(curve): curve.name.lower() for curve in ColorTrc}
 _WIDENED = np.clip(np.round((np.arange(256) - 16) * 255 / 219), 0, 255).astype(np.uint8)
 """Limited to full range: swscale takes every gray picture as full."""
-_HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+_HDR = {int(ColorTrc.SMPTE2084): "PQ", int(ColorTrc.ARIB_STD_B67): "HLG"}
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,7 @@ class Normalizer:
         if frame.interlaced_frame:
             self._notes["interlaced: both fields are woven into one picture"] = None
         if frame.color_trc in _HDR:
-            self._notes[f"HDR ({_HDR[ColorTrc(frame.color_trc)]}): transfer curve kept, not tone-mapped"] = (
-                None
-            )
+            self._notes[f"HDR, {_HDR[frame.color_trc]}: transfer curve kept, not tone-mapped"] = None
 
     def _cropped(self, frame: VideoFrame, crop: tuple[int, int, int, int]) -> VideoFrame:
         """A view of part of `frame`: FFmpeg's crop filter moves pointers and copies nothing."""
@@ -158,18 +158,24 @@ def _to_rgb(
     scaler: VideoReformatter, frame: VideoFrame, color: Color, *, width: int, height: int, alpha: bool = False
 ) -> VideoFrame:
     matrix = _SWS.get(color.matrix, Colorspace.DEFAULT)
-    return scaler.reformat(
-        frame,
-        width=width,
-        height=height,
-        format="gbrap" if alpha else "gbrp",
-        src_colorspace=matrix,
-        dst_colorspace=matrix,
-        src_color_range=ColorRange.JPEG if color.range == "full" else ColorRange.MPEG,
-        dst_color_range=ColorRange.JPEG,
-        interpolation=_SCALING,
-        threads=1,
-    )
+    try:
+        return scaler.reformat(
+            frame,
+            width=width,
+            height=height,
+            format="gbrap" if alpha else "gbrp",
+            src_colorspace=matrix,
+            dst_colorspace=matrix,
+            src_color_range=ColorRange.JPEG if color.range == "full" else ColorRange.MPEG,
+            dst_color_range=ColorRange.JPEG,
+            interpolation=_SCALING,
+            threads=1,
+        )
+    except MemoryError:
+        raise
+    except av.FFmpegError as error:
+        message = f"pictures in pixel format {frame.format.name} cannot be turned into RGB: {error.strerror}"
+        raise ClipError("no_decoder", message) from error
 
 
 def _plane(frame: VideoFrame, i: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from pipeline.child_process import ChildProcess
+from pipeline.child_process import START_TIMEOUT_S, ChildProcess
 from pipeline.clip import ClipInfo, ClipRecord
 from schemas.config import BucketConfig, FramesConfig, LimitsConfig, ResizeConfig
 from schemas.errors import ClipError, RunError
@@ -209,9 +209,13 @@ class DecoderProcess:
         try:
             message = self._child.receive(job.started + timeout_s)
         except TimeoutError:
+            if not self._child.ready:
+                raise RunError(f"the decoder process is not ready after {START_TIMEOUT_S} s") from None
             job.fail("timeout", f"decoding took more than limits.clip_timeout_s = {timeout_s} s")
             self._retire()
             return
+        if message is None and not self._child.ready:
+            raise RunError(f"the decoder process does not start: {self._child.epitaph()}")
         if message is None:
             job.crashes += 1
             died = self._child.epitaph()
@@ -220,7 +224,7 @@ class DecoderProcess:
             self._retire()
         elif "started" in message:
             job.started = message["at"]
-        else:
+        elif "id" in message:
             self._sent.popleft()
             job.answer = message
             if self._sent:

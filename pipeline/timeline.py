@@ -94,8 +94,10 @@ class Timeline:
         )
 
     def without(self, pts: Collection[int]) -> Timeline:
-        """The same timeline with some pictures taken out; at least one must stay."""
+        """The same timeline with some pictures taken out; ClipError `no_pictures` when none stays."""
         keep = [i for i, tick in enumerate(self.pts) if tick not in pts]
+        if not keep:
+            raise ClipError("no_pictures", f"none of {len(self.pts)} packets shows a picture")
         return replace(
             self,
             pts=tuple(self.pts[i] for i in keep),

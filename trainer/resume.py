@@ -62,11 +62,13 @@ def resume_point(config: TrainConfig, card: Card) -> Saved | None:
             f"{config.dataset} has {card.fingerprint[:12]}; give another --set output=FOLDER",
             {"fingerprint": (saved.meta["fingerprint"], card.fingerprint)},
         )
-    before, now = _identity(saved.meta["config"]), _identity(config.model_dump(mode="json"))
+    stage = saved.meta["stage"]
+    before = _identity(saved.meta["config"], stage)
+    now = _identity(config.model_dump(mode="json"), stage)
     differences = [
-        f"{name}: checkpoint {before.get(name)!r}, config {now[name]!r}"
-        for name in now
-        if before.get(name) != now[name]
+        f"{name}: checkpoint {before.get(name)!r}, config {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
     ]
     if differences:
         raise ConfigError(
@@ -76,8 +78,13 @@ def resume_point(config: TrainConfig, card: Card) -> Saved | None:
     return saved
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a run that run: its model, and what fixes the order of samples."""
+def _identity(config: dict[str, Any], stage: str) -> dict[str, Any]:
+    """What makes a run that run: its model, what `stage` trains of it, and what fixes the order of samples."""
     chosen = {f"model.{key}": value for key, value in config["model"].items() if key != "attention"}
     chosen |= {f"data.{key}": config["data"][key] for key in ("budget_tokens", "slots")}
+    chosen |= {
+        f"stages.{i}.trainable": one["trainable"]
+        for i, one in enumerate(config["stages"])
+        if one["name"] == stage
+    }
     return chosen | {"seed": config["seed"], "loss.objective": config["loss"]["objective"]}

@@ -105,6 +105,7 @@ def test_a_failing_rank_is_one_error(folder: Path, tmp_path: Path) -> None:
         train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run", "data.slots=3"], nproc=2)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_two_ranks_after_a_save_and_a_kill_leaves_none(folder: Path) -> None:
     path = config_file(folder, steps=100_000)
     first = start(path, nproc=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from av.video.reformatter import ColorRange
 
 from pipeline.normalize import Normalizer, color_of
 from schemas.config import BucketConfig, ResizeConfig
+from schemas.errors import ClipError
 
 WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
 TAGS = {"bt601": 6, "bt709": 1, "bt2020": 9, "": 2}
@@ -20,9 +20,8 @@ TAGS = {"bt601": 6, "bt709": 1, "bt2020": 9, "": 2}
 def plane(frame: VideoFrame, i: int) -> np.ndarray:
     """A writable view of plane `i`, in whole samples."""
     kind = np.uint8 if frame.format.components[i].bits == 8 else np.uint16
-    samples: Any = np.frombuffer(memoryview(frame.planes[i]), kind)
-    view: np.ndarray = samples.reshape(frame.planes[i].height, -1)[:, : frame.planes[i].width]
-    return view
+    samples = np.frombuffer(memoryview(frame.planes[i]), kind)
+    return samples.reshape(frame.planes[i].height, -1)[:, : frame.planes[i].width]
 
 
 def yuv(
@@ -53,7 +52,8 @@ def exact_rgb(frame: VideoFrame, *, matrix: str, full: bool) -> np.ndarray:
     r = luma + 2 * (1 - k_red) * red
     b = luma + 2 * (1 - k_blue) * blue
     g = (luma - k_red * r - k_blue * b) / (1 - k_red - k_blue)
-    return np.clip(np.stack([r, g, b], -1), 0, 1) * 255
+    rgb: np.ndarray = np.clip(np.stack([r, g, b], -1), 0, 1) * 255
+    return rgb
 
 
 def enlarged(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -125,6 +125,12 @@ def test_rgb_formats_pass_through(pixel_format: str) -> None:
     assert np.abs(found.astype(int) - picture).max() <= 1
     assert color_of(frame).rule == "rgb"
     assert normalizer.notes == []
+
+
+def test_a_format_that_cannot_be_converted_is_a_clip_error() -> None:
+    with pytest.raises(ClipError, match="bayer_bggr8") as caught:
+        convert(VideoFrame(96, 64, "bayer_bggr8"), height=64, width=96)
+    assert caught.value.reason == "no_decoder"
 
 
 def test_gray_has_a_range_too() -> None:

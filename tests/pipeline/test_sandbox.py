@@ -239,8 +239,10 @@ def test_what_a_decoder_prints_disturbs_nothing(
 def test_a_program_that_does_not_start_says_why(tmp_path: Path) -> None:
     program = tmp_path / "broken.py"
     program.write_text("raise SystemExit('no such decoder')")
-    with decoder(program=[str(program)]) as process, pytest.raises(RunError, match="no such decoder"):
+    with decoder(program=[str(program)]) as process:
         process.submit(DecodeRequest("a.mp4"))
+        with pytest.raises(RunError, match="no such decoder"):
+            process.result()
 
 
 def test_the_child_dies_with_its_parent(clip_path: Path, tmp_path: Path) -> None:

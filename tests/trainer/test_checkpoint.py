@@ -140,12 +140,11 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> Card:
     return read_card(write_dataset(tmp_path_factory.mktemp("data") / "set"))
 
 
+STAGE = {"name": "a", "steps": 5, "lr": {"peak": 1e-3}}
+
+
 def config(output: Path, **changes: object) -> TrainConfig:
-    tree = {
-        "dataset": "here",
-        "output": str(output),
-        "stages": [{"name": "a", "steps": 5, "lr": {"peak": 1e-3}}],
-    }
+    tree: dict[str, object] = {"dataset": "here", "output": str(output), "stages": [STAGE]}
     return check_config(tree | changes, TrainConfig, where="test")
 
 
@@ -153,7 +152,8 @@ def saved_by(config: TrainConfig, folder: Path, *, fingerprint: str) -> None:
     """Make the checkpoint in `folder` one of a run of `config`."""
     path = folder / "step-000003" / "meta.json"
     meta = json.loads(path.read_text())
-    path.write_text(json.dumps(meta | {"config": config.model_dump(mode="json"), "fingerprint": fingerprint}))
+    changed = {"config": config.model_dump(mode="json"), "fingerprint": fingerprint, "stage": "a"}
+    path.write_text(json.dumps(meta | changed))
 
 
 def test_another_dataset_or_model_is_refused_field_by_field(folder: Path, card: Card) -> None:
@@ -170,6 +170,8 @@ def test_another_dataset_or_model_is_refused_field_by_field(folder: Path, card: 
         resume_point(config(output, model={"num_layers": 3}, seed=1), card)
     with pytest.raises(ConfigError, match=r"data.slots: checkpoint 1, config 2"):
         resume_point(config(output, data={"slots": 2}), card)
+    with pytest.raises(ConfigError, match=r"stages.0.trainable: checkpoint \['.\*'\], config \['attn1'\]"):
+        resume_point(config(output, stages=[STAGE | {"trainable": ["attn1"]}]), card)
     saved_by(config(output), folder, fingerprint="another")
     with pytest.raises(StaleDatasetError, match="another dataset"):
         resume_point(config(output), card)

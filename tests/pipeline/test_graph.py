@@ -1,0 +1,204 @@
+"""The main job on small real videos: every row accounted for, the same bytes from every route, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import unit
+from pipeline.graph import EARLY_STOP_ROWS, preprocess
+from schemas.check import check_dataset
+from schemas.config import PreprocessConfig
+from schemas.errors import ConfigError, ManifestError, RunError, StaleDatasetError
+from schemas.index import read_index, read_quarantine
+from schemas.load import check_config
+from tests.videos import make_video
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six rows: three kinds of good video, one short, one broken, one a window of the first."""
+    folder = tmp_path_factory.mktemp("videos")
+    make_video(folder / "a.mp4", num_frames=30)
+    make_video(folder / "b.mkv", codec="mpeg4", num_frames=25, size=(64, 96))
+    make_video(folder / "short.mp4", num_frames=5)
+    (folder / "broken.mp4").write_bytes((folder / "a.mp4").read_bytes()[:700])
+    make_video(folder / "c.mp4", num_frames=40, fps=30)
+    rows: list[dict[str, Any]] = [
+        {"video": name, "caption": f"a clip called {name}"}
+        for name in ("a.mp4", "b.mkv", "short.mp4", "broken.mp4", "c.mp4")
+    ]
+    rows.append({"video": "a.mp4", "caption": "its start", "end_s": 0.5, "tag": "window"})
+    path = folder / "manifest.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config_for(manifest: Path, output: Path, **changes: Any) -> PreprocessConfig:
+    tree: dict[str, Any] = {
+        "manifest": str(manifest),
+        "output": str(output),
+        "buckets": [
+            {"num_frames": 9, "height": 32, "width": 48},
+            {"num_frames": 9, "height": 48, "width": 32},
+        ],
+        "units": {"rows": 2},
+        "executor": {"kind": "local"},
+    }
+    return check_config(tree | changes, PreprocessConfig, where="test")
+
+
+def shard_hashes(root: Path) -> dict[str, str]:
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in root.rglob("*.tar")
+    }
+
+
+@pytest.fixture(scope="module")
+def dataset(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("out") / "latents"
+    _, ran = preprocess(config_for(manifest, root))
+    assert ran
+    return root
+
+
+def test_every_row_is_kept_or_quarantined_once(dataset: Path) -> None:
+    rows = read_index(dataset).to_pylist()
+    assert sorted(row["source"] for row in rows) == ["a.mp4", "a.mp4", "b.mkv", "c.mp4", "short.mp4"]
+    (failed,) = read_quarantine(dataset).to_pylist()
+    assert failed["source"] == "broken.mp4"
+    assert failed["message"]
+    assert check_dataset(dataset).clean
+    by_caption = {row["caption"]: row for row in rows}
+    assert by_caption["a clip called b.mkv"]["bucket"] == "9x48x32"
+    assert by_caption["a clip called short.mp4"]["num_interpolated"] > 0
+    assert by_caption["a clip called a.mp4"]["num_interpolated"] == 0
+    window = by_caption["its start"]
+    assert max(window["pts_s"]) < 0.5 <= max(by_caption["a clip called a.mp4"]["pts_s"])
+    assert json.loads(window["extra"]) == {"tag": "window"}
+
+
+def test_running_again_does_nothing(dataset: Path, manifest: Path) -> None:
+    before = {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()}
+    summary, ran = preprocess(config_for(manifest, dataset))
+    assert not ran
+    assert summary["kept"] == 5
+    assert {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()} == before
+
+
+def test_a_lost_unit_alone_is_made_again_with_the_same_bytes(manifest: Path, tmp_path: Path) -> None:
+    root = tmp_path / "latents"
+    preprocess(config_for(manifest, root))
+    before = shard_hashes(root)
+    (root / "commits/00/u00000001.json").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in root.rglob("*.tar") if "u00000001" not in path.name}
+    summary, ran = preprocess(config_for(manifest, root))
+    assert ran
+    assert summary["last_run"]["latents"]["clips"] == 2
+    assert shard_hashes(root) == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ray_gives_the_bytes_of_the_local_route(
+    dataset: Path, manifest: Path, tmp_path: Path, workers: int
+) -> None:
+    root = tmp_path / "latents"
+    summary, _ = preprocess(config_for(manifest, root, executor={"kind": "ray", "workers": workers}))
+    assert summary["last_run"]["executor"] == {"kind": "ray", "workers": workers}
+    assert len(shard_hashes(root)) == 6
+    assert shard_hashes(root) == shard_hashes(dataset)
+    assert read_index(root).equals(read_index(dataset))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"video": "gone.mp4", "caption": "x"}, "row 2 (gone.mp4): the video cannot be opened"),
+        ({"video": "a.mp4", "caption": " "}, "row 2 (a.mp4): has caption ' '"),
+        ({"video": "a.mp4", "caption": "x"}, "row 2 (a.mp4): repeats row 1"),
+    ],
+)
+def test_bad_rows_stop_the_command_before_it_writes(
+    manifest: Path, tmp_path: Path, row: dict[str, str], message: str
+) -> None:
+    bad = manifest.parent / "bad.jsonl"
+    bad.write_text(json.dumps({"video": "a.mp4", "caption": "x"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ManifestError) as error:
+        preprocess(config_for(bad, tmp_path / "out"))
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_frame_count_the_encoder_cannot_take_stops_the_command(manifest: Path, tmp_path: Path) -> None:
+    buckets = [{"num_frames": 48, "height": 32, "width": 48}]
+    with pytest.raises(ConfigError, match="nearest are 45 and 49"):
+        preprocess(config_for(manifest, tmp_path / "out", buckets=buckets))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_are_refused_with_the_fields_that_differ(dataset: Path, manifest: Path) -> None:
+    with pytest.raises(StaleDatasetError) as error:
+        preprocess(config_for(manifest, dataset, resize={"mode": "pad"}, frames={"short": "drop"}))
+    assert error.value.differences == {
+        "frames.short": ("interpolate", "drop"),
+        "resize.mode": ("cover_crop", "pad"),
+    }
+
+
+def test_a_folder_that_is_no_dataset_is_left_alone(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(StaleDatasetError, match="not a latent dataset"):
+        preprocess(config_for(manifest, tmp_path))
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_short_clips_are_dropped_or_fatal_as_asked(manifest: Path, tmp_path: Path) -> None:
+    summary, _ = preprocess(config_for(manifest, tmp_path / "drop", frames={"short": "drop"}))
+    assert summary["reasons"]["too_short"] == 1
+    assert summary["quarantine_gated"] == 1  # the broken one: dropping short clips was asked for
+    with pytest.raises(RunError, match=r"short\.mp4"):
+        preprocess(config_for(manifest, tmp_path / "error", frames={"short": "error"}))
+
+
+def test_disk_trouble_stops_the_run_and_the_next_one_finishes_it(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = unit.ShardWriter.add
+    calls = 0
+
+    def full_once(self: unit.ShardWriter, *args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise OSError(28, "No space left on device")
+        add(self, *args, **kwargs)
+
+    monkeypatch.setattr(unit.ShardWriter, "add", full_once)
+    with pytest.raises(RunError, match="No space left on device.*run the same command again"):
+        preprocess(config_for(manifest, tmp_path / "out"))
+    summary, _ = preprocess(config_for(manifest, tmp_path / "out"))
+    assert (summary["kept"], summary["quarantined"]) == (5, 1)
+    assert check_dataset(tmp_path / "out").clean
+
+
+def test_a_wrong_config_stops_early(tmp_path: Path) -> None:
+    """More than half of the first rows fail: the run says so instead of quarantining everything."""
+    rows = []
+    for i in range(EARLY_STOP_ROWS + 50):
+        (tmp_path / f"{i}.mp4").write_bytes(b"not a video %d" % i)
+        rows.append({"video": f"{i}.mp4", "caption": "x"})
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunError, match=r"200 of the first 200 clips failed, 200 of them with 'open_failed'"):
+        preprocess(config_for(manifest, tmp_path / "out", units={"rows": 50}))
