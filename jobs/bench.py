@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import preprocess as routes
 from benchmarks.contenders import Target
 from benchmarks.decode import ALL, CEILING, OURS, ClipResult, Report, class_means, measure, numbers
 from benchmarks.record import RESULTS, append_result
-from jobs.console import console, table
+from jobs.console import console, print_json, table
 from pipeline.discover import VIDEO_SUFFIXES
+from schemas.config import PreprocessConfig
 from schemas.errors import EXIT_DONE, ConfigError
+from schemas.load import load_config
 
 COLORS = {"PyAV naive": "#9aa5b1", "decord": "#d98c5f", "torchcodec": "#5f8fd9"}
 HOW_TO_INSTALL = {
@@ -50,7 +54,25 @@ def decode(
     recorded = append_result("decode", numbers(report), folder=results)
     for path in (json_path, plot_path, recorded):
         if path is not None:
-            console.print(f"wrote {path}", markup=False)
+            console.print(f"wrote {path}")
+    return EXIT_DONE
+
+
+def preprocess(config_path: Path, *, overrides: Sequence[str], reps: int, as_json: bool) -> int:
+    """Measure the routes of the main job on a config's clips; returns the exit code."""
+    config = load_config(config_path, PreprocessConfig, overrides=overrides)
+    report = routes.run(config, reps=reps)
+    append_result("preprocess", report)
+    if as_json:
+        print_json(report)
+        return EXIT_DONE
+    rows = table("route", ">clips/s", ">of plain loop", ">start-up s")
+    for name, route in report["routes"].items():
+        rows.add_row(
+            name, f"{route['clips_per_s']:.2f}", f"{route['ratio']:.2f}", f"{route['startup_s']:.1f}"
+        )
+    console.print(rows)
+    console.print(f"{report['clips']} clips, medians of {reps} interleaved runs")
     return EXIT_DONE
 
 
@@ -72,13 +94,13 @@ def _tell(result: ClipResult) -> None:
     cells = "  ".join(
         f"{name} {'-' if cell.cpu_s is None else f'{cell.cpu_s:.2f}'}" for name, cell in result.cells.items()
     )
-    console.print(f"  {result.clip}: {cells}", markup=False, style="dim")
+    console.print(f"  {result.clip}: {cells}", style="dim")
 
 
 def _print_missing(report: Report) -> None:
     for name, why in report.missing.items():
         command = HOW_TO_INSTALL.get(why.partition(":")[0], "another version")
-        console.print(f"\n{name} is not in the comparison: {why}\n  install {command}", markup=False)
+        console.print(f"\n{name} is not in the comparison: {why}\n  install {command}")
 
 
 def _print_clips(report: Report) -> None:
@@ -108,7 +130,7 @@ def _print_problems(report: Report) -> None:
             f"\n{name}: reads {len(report.clips) - unread} of {len(report.clips)} clips", style="bold"
         )
         for clip_name, problem in found:
-            console.print(f"  {clip_name}: {problem[:160]}", markup=False)
+            console.print(f"  {clip_name}: {problem[:160]}")
 
 
 def _print_means(report: Report) -> None:

@@ -7,6 +7,7 @@ quarantine rate or past a failed gate. Heavy packages are imported by the subcom
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,6 +101,7 @@ def plan(config: Config, set_: Set = [], json_: Json = False) -> None:  # noqa: 
 @app.command()
 def preprocess(config: Config, set_: Set = [], json_: Json = False) -> None:  # noqa: B006
     """Turn the manifest's videos into verified latent shards. Run it again to resume or to add data."""
+    _one_thread_per_process()
     raise typer.Exit(_job("preprocess").run(config, overrides=set_, as_json=json_))
 
 
@@ -153,6 +155,49 @@ def export_model(
 ) -> None:
     """Write a checkpoint's weights in the layout that diffusers loads."""
     raise typer.Exit(_job("train").export_model(checkpoint, output))
+
+
+@bench.command("decode")
+def bench_decode(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Video files, or folders of them.")],
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames taken evenly from each clip.")] = 49,
+    height: Annotated[int, typer.Option(min=16, help="Pixels.")] = 480,
+    width: Annotated[int, typer.Option(min=16, help="Pixels.")] = 720,
+    reps: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are reported.")] = 5,
+    limit_s: Annotated[float, typer.Option(help="Seconds one library may spend on one clip.")] = 60.0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart to this PNG.")] = None,
+) -> None:
+    """Decode beside PyAV, decord, torchcodec and the bare-decode ceiling, in CPU seconds."""
+    raise typer.Exit(
+        _job("bench").decode(
+            paths,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            reps=reps,
+            limit_s=limit_s,
+            json_path=json_path,
+            plot_path=plot,
+        )
+    )
+
+
+@bench.command("preprocess")
+def bench_preprocess(
+    config: Config,
+    set_: Set = [],  # noqa: B006
+    reps: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are reported.")] = 5,
+    json_: Json = False,
+) -> None:
+    """What the pipeline costs above its work: local and Ray routes beside a plain multiprocessing loop."""
+    _one_thread_per_process()
+    raise typer.Exit(_job("bench").preprocess(config, overrides=set_, reps=reps, as_json=json_))
+
+
+def _one_thread_per_process() -> None:
+    """Before numpy is imported: workers and decoder children fill the cores, BLAS threads only fight them."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _job(name: str) -> Any:

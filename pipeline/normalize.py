@@ -95,11 +95,20 @@ class Normalizer:
         if orientation.transpose:
             into = into[::-1]
         place = fit(frame.width, frame.height, sar=self._sar, into=into, mode=self._mode)
-        frame = self._cropped(frame, place.crop)
-        if any(component.is_alpha for component in frame.format.components) or frame.format.has_palette:
-            frame = self._over_black(frame, color)
-            color = Color("rgb", "full", "rgb", color.transfer)
-        frame = _to_rgb(self._scaler, frame, color, width=place.size[0], height=place.size[1])
+        pixel_format = frame.format
+        try:
+            frame = self._cropped(frame, place.crop)
+            if pixel_format.has_palette or any(component.is_alpha for component in pixel_format.components):
+                frame = self._over_black(frame, color)
+                color = Color("rgb", "full", "rgb", color.transfer)
+            frame = _to_rgb(self._scaler, frame, color, width=place.size[0], height=place.size[1])
+        except MemoryError:
+            raise
+        except av.FFmpegError as error:
+            message = (
+                f"pictures in pixel format {pixel_format.name} cannot be turned into RGB: {error.strerror}"
+            )
+            raise ClipError("no_decoder", message) from error
         if place.size != into:
             out[:] = 0
         # Planes come as green, blue, red; each is turned as a view while it is interleaved.
@@ -158,24 +167,18 @@ def _to_rgb(
     scaler: VideoReformatter, frame: VideoFrame, color: Color, *, width: int, height: int, alpha: bool = False
 ) -> VideoFrame:
     matrix = _SWS.get(color.matrix, Colorspace.DEFAULT)
-    try:
-        return scaler.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="gbrap" if alpha else "gbrp",
-            src_colorspace=matrix,
-            dst_colorspace=matrix,
-            src_color_range=ColorRange.JPEG if color.range == "full" else ColorRange.MPEG,
-            dst_color_range=ColorRange.JPEG,
-            interpolation=_SCALING,
-            threads=1,
-        )
-    except MemoryError:
-        raise
-    except av.FFmpegError as error:
-        message = f"pictures in pixel format {frame.format.name} cannot be turned into RGB: {error.strerror}"
-        raise ClipError("no_decoder", message) from error
+    return scaler.reformat(
+        frame,
+        width=width,
+        height=height,
+        format="gbrap" if alpha else "gbrp",
+        src_colorspace=matrix,
+        dst_colorspace=matrix,
+        src_color_range=ColorRange.JPEG if color.range == "full" else ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=_SCALING,
+        threads=1,
+    )
 
 
 def _plane(frame: VideoFrame, i: int) -> np.ndarray:

@@ -127,9 +127,10 @@ def test_rgb_formats_pass_through(pixel_format: str) -> None:
     assert normalizer.notes == []
 
 
-def test_a_format_that_cannot_be_converted_is_a_clip_error() -> None:
-    with pytest.raises(ClipError, match="bayer_bggr8") as caught:
-        convert(VideoFrame(96, 64, "bayer_bggr8"), height=64, width=96)
+@pytest.mark.parametrize("width", [64, 96])
+def test_a_format_that_cannot_be_converted_is_a_clip_error(width: int) -> None:
+    with pytest.raises(ClipError, match="rgb4 cannot be turned into RGB") as caught:
+        convert(VideoFrame(96, 64, "rgb4"), height=64, width=width)
     assert caught.value.reason == "no_decoder"
 
 
