@@ -114,7 +114,7 @@ def _regular_file_bytes(path: str, limits: LimitsConfig) -> int:
         found = os.stat(path)
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno not in _CONTENT_ERRORS:
-            raise RunError(f"{path} cannot be read now: {error}") from error
+            raise RunError(f"cannot be read now: {error}") from error
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ClipError("open_failed", f"cannot be opened: {reason}") from error
     if not stat.S_ISREG(found.st_mode):

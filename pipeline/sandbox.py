@@ -180,7 +180,7 @@ class DecoderProcess:
             self._listen()
         self._feed()
         if "error" in job.answer:
-            raise ClipError(job.answer["error"], job.answer["message"], attempts=max(1, job.crashes))
+            raise ClipError(job.answer["error"], job.answer["message"], attempts=min(2, job.crashes + 1))
         if "fatal" in job.answer:
             raise RunError(f"{job.request.path}: {job.answer['fatal']}")
         return job.answer
@@ -222,9 +222,9 @@ class DecoderProcess:
             if job.crashes > 1:
                 job.fail("decoder_crash", f"the decoder died twice, the second time alone: {died}")
             self._retire()
-        elif "started" in message:
+        elif "id" not in message:  # the child is ready, or takes up the clip
             job.started = message["at"]
-        elif "id" in message:
+        else:
             self._sent.popleft()
             job.answer = message
             if self._sent:

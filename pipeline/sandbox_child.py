@@ -46,10 +46,10 @@ def serve(decode: Callable[..., Any] = decode_clip) -> None:
     slots = [np.frombuffer(mmap.mmap(fd, setup["slot_bytes"]), np.uint8) for fd in setup["slots"]]
     _give_up_rights(setup["parent"], settings["limits"].memory_bytes)
     av.logging.set_level(av.logging.PANIC)
-    _send(answers, {"ready": True})
+    _send(answers, {"at": time.monotonic()})
     for line in sys.stdin:
         request = json.loads(line)
-        _send(answers, {"started": request["id"], "at": time.monotonic()})
+        _send(answers, {"at": time.monotonic()})
         _send(answers, {"id": request["id"], **_answer(request, settings, slots, decode)})
 
 

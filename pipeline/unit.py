@@ -11,7 +11,6 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,6 @@ class UnitWorker:
     def __init__(self, config: PreprocessConfig, card: Card) -> None:
         self._config, self._card = config, card
         self._dataset = Dataset(Path(config.output))
-        self._stack = ExitStack()
         self._decoder: DecoderProcess | None = None
         self._video: VideoEncoder | None = None
         self._text: TextEncoder | None = None
@@ -73,7 +71,11 @@ class UnitWorker:
             if unit.family == "prompts":
                 failures, video_s = self._prompts(unit, shard, seconds)
             else:
-                failures, video_s = self._latents(unit, shard, seconds)
+                try:
+                    failures, video_s = self._latents(unit, shard, seconds)
+                except BaseException:
+                    self.close()  # the child holds clips of this unit that nobody will ask for
+                    raise
             with _clock(seconds, "write"):
                 commit = shard.commit(quarantined=failures, seconds=seconds)
         seconds["total"] = time.perf_counter() - started
@@ -90,7 +92,9 @@ class UnitWorker:
 
     def close(self) -> None:
         """End the decoder child."""
-        self._stack.close()
+        if self._decoder is not None:
+            self._decoder.close()
+            self._decoder = None
 
     def _prompts(
         self, unit: Unit, shard: ShardWriter, seconds: dict[str, float]
@@ -151,14 +155,12 @@ class UnitWorker:
     ) -> Iterator[tuple[dict[str, Any], Clip | ClipError]]:
         """Every row with its clip or its failure, in order, decoded ahead in the child."""
         if self._decoder is None:
-            self._decoder = self._stack.enter_context(
-                DecoderProcess(
-                    frames=self._config.frames,
-                    buckets=self._config.buckets,
-                    resize=self._config.resize,
-                    limits=self._config.limits,
-                    slots=DECODE_AHEAD,
-                )
+            self._decoder = DecoderProcess(
+                frames=self._config.frames,
+                buckets=self._config.buckets,
+                resize=self._config.resize,
+                limits=self._config.limits,
+                slots=DECODE_AHEAD,
             )
         waiting: deque[dict[str, Any]] = deque()
         todo = deque(unit.rows)

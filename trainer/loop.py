@@ -24,7 +24,6 @@ from schemas.config import StageConfig, TrainConfig
 from schemas.errors import RunError
 from trainer import checkpoint
 from trainer.attention import Attention, choose_attention
-from trainer.catalog import Catalog
 from trainer.checkpoint import Saved
 from trainer.collate import collate, fill_patches, patchify
 from trainer.curriculum import lr_at, stage_at, total_steps
@@ -60,13 +59,11 @@ class Run:
 
 def train(config: TrainConfig, *, world: World) -> None:
     """Train to the end of the last stage, or until a stop signal; the same call resumes."""
-    output, dataset, total = Path(config.output), Path(config.dataset), total_steps(config.stages)
-    with Loader(dataset, config=config, rank=world.rank, world_size=world.size) as loader:
+    output, total = Path(config.output), total_steps(config.stages)
+    with Loader(Path(config.dataset), config=config, rank=world.rank, world_size=world.size) as loader:
         saved: Saved | None = world.from_main(resume_point(config, loader.card) if world.is_main else None)
         step = saved.step if saved else 0
-        plan = (
-            saved_architecture(saved) if saved else architecture(config.model, data_shape(Catalog(dataset)))
-        )
+        plan = saved_architecture(saved) if saved else architecture(config.model, data_shape(loader.catalog))
         attention = choose_attention(
             config.model.attention,
             device=world.device,

@@ -101,7 +101,7 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
                 f" {record['stage']}", (record["step"], 1), xycoords=("data", "axes fraction"), va="top"
             )
     axes.set(title="Training loss", xlabel="optimizer step", ylabel="squared error of v, mean over clips")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(losses))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -79,7 +79,7 @@ def resume_point(config: TrainConfig, card: Card) -> Saved | None:
 
 
 def _identity(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    """What makes a run that run: its model, what `stage` trains of it, and what fixes the order of samples."""
+    """What makes a run that run: its model, what `stage` trains of it, what fixes the order of samples."""
     chosen = {f"model.{key}": value for key, value in config["model"].items() if key != "attention"}
     chosen |= {f"data.{key}": config["data"][key] for key in ("budget_tokens", "slots")}
     chosen |= {

@@ -7,6 +7,7 @@ is drawn even where a rank keeps a slice of it: slower for large models, equal f
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from safetensors import safe_open
 from torch import nn
 
@@ -65,15 +68,15 @@ def data_shape(catalog: Catalog) -> DataShape:
 def architecture(model: ModelConfig, data: DataShape) -> Architecture:
     """What `model` describes; ConfigError where its folder does not fit the dataset."""
     if model.init == "random":
-        return Architecture(_random_config(model, data), Schedule())
+        return Architecture(_complete(_random_config(model, data)), Schedule())
     folder = _transformer_folder(model.init)
-    config = {k: v for k, v in _read_json(folder / "config.json").items() if not k.startswith("_")}
+    config = _complete(_read_json(folder / "config.json"))
     _check_fits(config, data, folder)
     for scheduler in (folder / "scheduler", folder.parent / "scheduler"):
         if (path := scheduler / "scheduler_config.json").is_file():
             return Architecture(config, read_schedule(path))
     # The published models without rotary positions, the 2B family, are trained with the shifted schedule.
-    rotary = config.get("use_rotary_positional_embeddings", False)
+    rotary = config["use_rotary_positional_embeddings"]
     return Architecture(config, Schedule() if rotary else Schedule(snr_shift_scale=3.0))
 
 
@@ -111,6 +114,19 @@ def _random_config(model: ModelConfig, data: DataShape) -> dict[str, Any]:
     }
 
 
+def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with diffusers' defaults filled in, so that a checkpoint says all of it."""
+    parameters = inspect.signature(CogVideoXTransformer3DModel.__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    if unknown := sorted(given.keys() - defaults.keys()):
+        raise ConfigError(
+            f"model.init: config.json has keys that CogVideoXTransformer3DModel of diffusers "
+            f"{diffusers.__version__} does not know: {', '.join(unknown)}"
+        )
+    return defaults | given
+
+
 def _random_value(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor:
     """Norms start as identity, biases at 0; modulation and the last layer too, as in DiT's adaLN-Zero.
 
@@ -138,16 +154,16 @@ def _transformer_folder(init: str) -> Path:
 def _check_fits(config: Mapping[str, Any], data: DataShape, folder: Path) -> None:
     channels, (tokens, width) = data.latents[1], data.prompt
     checks = [
-        ("in_channels", config.get("in_channels", 16), channels, "latent channels"),
-        ("text_embed_dim", config.get("text_embed_dim", 4096), width, "prompt width"),
-        ("patch_size", config.get("patch_size", 2), PATCH, "patch the dataset's tokens are counted with"),
+        ("in_channels", config["in_channels"], channels, "latent channels"),
+        ("text_embed_dim", config["text_embed_dim"], width, "prompt width"),
+        ("patch_size", config["patch_size"], PATCH, "patch the dataset's tokens are counted with"),
     ]
     wrong = [
         f"{name} = {found}, the dataset has {want} ({what})"
         for name, found, want, what in checks
         if found != want
     ]
-    if tokens > (limit := config.get("max_text_seq_length", 226)):
+    if tokens > (limit := config["max_text_seq_length"]):
         wrong.append(f"max_text_seq_length = {limit}, the dataset's longest prompt has {tokens} tokens")
     if wrong:
         raise ConfigError(f"model.init = {str(folder)!r} does not fit the dataset: {'; '.join(wrong)}")

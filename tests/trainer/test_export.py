@@ -138,6 +138,14 @@ def test_a_folder_that_does_not_fit_the_dataset_is_refused(
         architecture(ModelConfig(init=str(exported)), data)
 
 
+def test_a_config_of_another_kind_of_model_is_refused(exported: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"lora_rank": 4}))
+    with pytest.raises(ConfigError, match="does not know: lora_rank"):
+        architecture(ModelConfig(init=str(folder)), DATA)
+
+
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"found no config\.json"):
         architecture(ModelConfig(init=str(tmp_path)), DATA)
