@@ -204,9 +204,9 @@ class MeshConfig(Settings):
 class PrecisionConfig(Settings):
     """Arithmetic of the training step."""
 
-    param: Dtype = "float32"
+    param: Literal["float32", "bfloat16"] = "float32"
     """Type of parameters and activations in forward and backward; bfloat16 on GPUs."""
-    reduce: Dtype = "float32"
+    reduce: Literal["float32", "bfloat16"] = "float32"
     """Type of the gradient reduction."""
     deterministic: bool = True
     """Ask torch for deterministic kernels: the same run gives the same bits."""

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before torch or transformers are imported, and inherited by every child process a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Shared machines are slow at times: how long an example takes says nothing about the code.
+hypothesis.settings.register_profile("latentpress", deadline=None)
+hypothesis.settings.load_profile("latentpress")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import unit
 from pipeline.graph import EARLY_STOP_ROWS, preprocess
+from pipeline.shard_writer import ShardWriter
 from schemas.check import check_dataset
 from schemas.config import PreprocessConfig
 from schemas.errors import ConfigError, ManifestError, RunError, StaleDatasetError
@@ -174,17 +174,17 @@ def test_short_clips_are_dropped_or_fatal_as_asked(manifest: Path, tmp_path: Pat
 def test_disk_trouble_stops_the_run_and_the_next_one_finishes_it(
     manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = unit.ShardWriter.add
+    add = ShardWriter.add
     calls = 0
 
-    def full_once(self: unit.ShardWriter, *args: Any, **kwargs: Any) -> None:
+    def full_once(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
         nonlocal calls
         calls += 1
         if calls == 8:
             raise OSError(28, "No space left on device")
         add(self, *args, **kwargs)
 
-    monkeypatch.setattr(unit.ShardWriter, "add", full_once)
+    monkeypatch.setattr(ShardWriter, "add", full_once)
     with pytest.raises(RunError, match="No space left on device.*run the same command again"):
         preprocess(config_for(manifest, tmp_path / "out"))
     summary, _ = preprocess(config_for(manifest, tmp_path / "out"))
