@@ -132,8 +132,8 @@ def bare() -> Run:
         count = 0
         with av.open(path, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
-            if stream is None:
-                raise ValueError("no video stream")
+            if stream is None or stream.codec_context is None:
+                raise ValueError("no video stream with a decoder")
             stream.codec_context.thread_count = 1
             for packet in container.demux(stream):
                 try:

@@ -13,7 +13,18 @@ import pytest
 from jobs import cli
 from tests.videos import make_video
 
-COMMANDS = "demo scan validate plan preprocess verify inspect train export-model bench".split()
+COMMANDS = [
+    "demo",
+    "scan",
+    "validate",
+    "plan",
+    "preprocess",
+    "verify",
+    "inspect",
+    "train",
+    "export-model",
+    "bench",
+]
 
 CONFIG = """
 manifest = "{folder}/manifest.jsonl"

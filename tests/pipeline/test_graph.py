@@ -185,7 +185,7 @@ def test_disk_trouble_stops_the_run_and_the_next_one_finishes_it(
         add(self, *args, **kwargs)
 
     monkeypatch.setattr(ShardWriter, "add", full_once)
-    with pytest.raises(RunError, match="No space left on device.*run the same command again"):
+    with pytest.raises(RunError, match=r"No space left on device.*run the same command again"):
         preprocess(config_for(manifest, tmp_path / "out"))
     summary, _ = preprocess(config_for(manifest, tmp_path / "out"))
     assert (summary["kept"], summary["quarantined"]) == (5, 1)
