@@ -136,6 +136,10 @@ class RayExecutor:
                 if isinstance(cause, OSError):
                     raise _stopped(unit, cause) from error
                 raise
+            except self._ray.exceptions.RayError as error:
+                raise RunError(
+                    f"Ray failed: {error}. What is committed stays; run the same command again"
+                ) from error
             else:
                 yield result
             launch(actor)

@@ -14,16 +14,8 @@ from jobs import cli
 from tests.videos import make_video
 
 COMMANDS = [
-    "demo",
-    "scan",
-    "validate",
-    "plan",
-    "preprocess",
-    "verify",
-    "inspect",
-    "train",
-    "export-model",
-    "bench",
+    *("demo", "scan", "validate", "plan", "preprocess", "verify", "inspect"),
+    *("train", "export-model", "bench"),
 ]
 
 CONFIG = """
