@@ -17,11 +17,8 @@ import typer
 from schemas.errors import EXIT_FAILED, LatentpressError, MissingExtraError
 
 EXTRAS = {
-    "av": "pipeline",
-    "ray": "pipeline",
-    "torch": "train",
-    "diffusers": "train",
-    "transformers": "pipeline",
+    **dict.fromkeys(("av", "matplotlib", "PIL", "ray", "transformers"), "pipeline"),
+    **dict.fromkeys(("diffusers", "safetensors", "torch"), "train"),
 }
 """Optional package -> the extra that brings it."""
 

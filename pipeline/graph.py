@@ -190,6 +190,7 @@ def summarize(
         "num_tokens": sum(index["num_tokens"].to_pylist()),
         "fingerprint": card.fingerprint,
         "config_digest": config_digest(config),
+        "bottleneck": run["latents"]["bottleneck"] if run and "latents" in run else None,
         "last_run": run,
     }
 

@@ -70,7 +70,7 @@ class Tally:
             "clips_per_s": round(self.done / wall, 3),
             "video_s_per_s": round(self.video_s / wall, 2),
             "bytes": self.nbytes,
-            "stage_s": {**busy, "decode_wait": round(self.seconds.get("decode_wait", 0.0), 3)},
+            "stage_seconds": {**busy, "decode_wait": round(self.seconds.get("decode_wait", 0.0), 3)},
             "stage_busy": {stage: round(seconds / (wall * workers), 3) for stage, seconds in busy.items()},
             "bottleneck": max(busy, key=lambda stage: busy[stage]) if self.done else None,
         }

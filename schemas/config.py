@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -32,6 +32,8 @@ class FramesConfig(Settings):
 
     policy: Literal["uniform", "fps"] = "uniform"
     """`uniform`: the whole clip at stride S = total / num_frames. `fps`: resample, then truncate."""
+    boost: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Reserved for a policy that follows activity; `uniform` and `fps` do not use it."""
     target_fps: PositiveFloat = 8.0
     """Frames per second of policy `fps`."""
     clips: Literal["head"] = "head"
@@ -228,8 +230,20 @@ class LossConfig(Settings):
 
     objective: Literal["v"] = "v"
     """`v`: CogVideoX's velocity target on its zero-terminal-SNR schedule."""
+    keyframe_lambda: float = 1.0
+    """Weight of active frames; only 1.0 (all frames alike) is built."""
+    consistency_alpha: float = 0.0
+    """Weight of the frame-to-frame term; only 0.0 (none) is built."""
     normalize: Literal["per_clip", "per_token"] = "per_clip"
     """Every clip weighs the same, or every token does."""
+
+    @field_validator("keyframe_lambda", "consistency_alpha")
+    @classmethod
+    def _neutral(cls, value: float, info: ValidationInfo) -> float:
+        neutral = cls.model_fields[str(info.field_name)].default
+        if value != neutral:
+            raise ValueError(f"this version builds only {neutral}")
+        return value
 
 
 class OptimConfig(Settings):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-import tomli_w
 
 from schemas.errors import ConfigError
 
@@ -53,6 +52,8 @@ def check_config(tree: dict[str, Any], model: type[Config], *, where: str) -> Co
 
 def resolved_toml(config: pydantic.BaseModel) -> str:
     """The whole config, defaults included, as TOML that `load_config` reads back unchanged."""
+    import tomli_w  # only writers of runs need it: reading a dataset takes numpy, pyarrow and pydantic
+
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
