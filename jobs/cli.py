@@ -31,7 +31,7 @@ app = typer.Typer(
     help="From a folder of mixed videos to verified latent shards, and a video model trained on them. "
     "A first walk: demo, validate, plan, preprocess, verify, inspect, train.",
 )
-bench = typer.Typer(no_args_is_help=True, help="Measure, beside the ceiling and the other libraries.")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed beside ceiling and peers.")
 app.add_typer(bench, name="bench")
 
 Set = Annotated[
@@ -51,7 +51,10 @@ DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the clips go.")] = Path("data/demo"),
 ) -> None:
-    """Make a dozen small captioned videos of many kinds to try everything on."""
+    """Make small captioned videos to try it all.
+
+    Thirteen clips of many codecs, containers, rates and shapes; one is broken on purpose.
+    """
     manifest = _job("demo").make_demo(folder)
     print(f"wrote {manifest}")
 
@@ -64,7 +67,10 @@ def scan(
     ),
     json_: Json = False,
 ) -> None:
-    """Make a manifest from a folder: sidecar .txt captions, or metadata.jsonl, .csv or .parquet."""
+    """Make a manifest from a folder of videos.
+
+    Captions come from a .txt file beside each video, or from metadata.jsonl, .csv or .parquet.
+    """
     raise typer.Exit(_job("scan").scan(folder, output=output, as_json=json_))
 
 
@@ -83,7 +89,11 @@ def validate(
     set_: Set = [],  # noqa: B006
     json_: Json = False,
 ) -> None:
-    """Check every row without decoding: file, streams, caption, duplicates, limits, frame rule."""
+    """Check every row of a manifest.
+
+    File, streams, first picture, caption, duplicates and limits, without decoding the rest. Exit code 3
+    where more rows are bad than the config's quarantine rate allows (any, without a config).
+    """
     raise typer.Exit(
         _job("validate").validate(manifest, config=config, overrides=set_, output=output, as_json=json_)
     )
@@ -91,13 +101,20 @@ def validate(
 
 @app.command()
 def plan(config: Config, set_: Set = [], json_: Json = False) -> None:  # noqa: B006
-    """Say what preprocess would do: clips per bucket, drops, tokens, disk, time and memory."""
+    """Say what preprocess would do.
+
+    Clips per bucket, drops with reasons, tokens, disk, time and memory; writes nothing.
+    """
     raise typer.Exit(_job("plan").plan(config, overrides=set_, as_json=json_))
 
 
 @app.command()
 def preprocess(config: Config, set_: Set = [], json_: Json = False) -> None:  # noqa: B006
-    """Turn the manifest's videos into verified latent shards. Run it again to resume or to add data."""
+    """Turn videos into latent shards.
+
+    Run it again to resume, to add rows to the manifest or to edit captions: only what is missing runs.
+    Clips that cannot be used end in quarantine.parquet with a reason.
+    """
     _one_thread_per_process()
     raise typer.Exit(_job("preprocess").run(config, overrides=set_, as_json=json_))
 
@@ -111,7 +128,11 @@ def verify(
     set_: Set = [],  # noqa: B006
     json_: Json = False,
 ) -> None:
-    """Check every shard, tensor and record of a dataset against its bytes. Repairs nothing."""
+    """Check every byte of a dataset.
+
+    Hashes, shapes, NaN and Inf, every row exactly once, tables against records. Repairs nothing, but
+    says what would.
+    """
     raise typer.Exit(_job("verify").verify(dataset, config=config, overrides=set_, as_json=json_))
 
 
@@ -125,7 +146,10 @@ def inspect(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG to write.")] = None,
     json_: Json = False,
 ) -> None:
-    """Draw one sample: source frames over its decoded latents, with PSNR."""
+    """Draw a sample: source over decoded latents.
+
+    A PNG with time stamps, the difference and PSNR.
+    """
     raise typer.Exit(_job("inspect").run(dataset, sample=sample, output=output, as_json=json_))
 
 
@@ -137,7 +161,10 @@ def train(
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
     set_: Set = [],  # noqa: B006
 ) -> None:
-    """Train a video model on a latent dataset. Run it again to resume."""
+    """Train a video model on a dataset.
+
+    Run it again to resume from the newest complete checkpoint; also works under torchrun.
+    """
     raise typer.Exit(_job("train").train(config, overrides=set_, nproc=nproc))
 
 
@@ -150,7 +177,7 @@ def export_model(
         Path, typer.Argument(metavar="OUTPUT", help="Folder to write in the diffusers layout.")
     ],
 ) -> None:
-    """Write a checkpoint's weights in the layout that diffusers loads."""
+    """Write a checkpoint's weights for diffusers."""
     raise typer.Exit(_job("train").export_model(checkpoint, output))
 
 
@@ -165,7 +192,10 @@ def bench_decode(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart to this PNG.")] = None,
 ) -> None:
-    """Decode beside PyAV, decord, torchcodec and the bare-decode ceiling, in CPU seconds."""
+    """CPU seconds of decoding, beside its peers.
+
+    PyAV, decord, torchcodec and the bare-decode ceiling, on any videos.
+    """
     raise typer.Exit(
         _job("bench").decode(
             paths,
@@ -187,7 +217,10 @@ def bench_preprocess(
     reps: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are reported.")] = 5,
     json_: Json = False,
 ) -> None:
-    """What the pipeline costs above its work: local and Ray routes beside a plain multiprocessing loop."""
+    """What the pipeline costs above its work.
+
+    Clips/s of the local and Ray routes beside a plain multiprocessing loop.
+    """
     _one_thread_per_process()
     raise typer.Exit(_job("bench").preprocess(config, overrides=set_, reps=reps, as_json=json_))
 
