@@ -34,7 +34,8 @@ def run(config: PreprocessConfig, *, reps: int) -> dict[str, Any]:
     workers = config.executor.workers
     routes: dict[str, Callable[[], tuple[float, float]]] = {
         f"plain loop x {workers}": lambda: _plain_loop(config, rows),
-        "local": lambda: _pipeline(config, kind="local", workers=1),
+        "local x 1": lambda: _pipeline(config, kind="local", workers=1),
+        f"local x {workers}": lambda: _pipeline(config, kind="local", workers=workers),
         "ray x 1": lambda: _pipeline(config, kind="ray", workers=1),
         f"ray x {workers}": lambda: _pipeline(config, kind="ray", workers=workers),
     }

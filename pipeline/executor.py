@@ -53,13 +53,13 @@ def open_executor(config: PreprocessConfig, card: Card) -> Iterator[Executor]:
 
 
 class LocalExecutor:
-    """Units one after another in this process; decoding runs ahead in its child."""
+    """Units one after another in this process; decoding runs ahead in its children."""
 
     name = "local"
-    workers = 1
 
     def __init__(self, config: PreprocessConfig, card: Card) -> None:
-        self._worker = UnitWorker(config, card)
+        self.workers = config.executor.workers
+        self._worker = UnitWorker(config, card, decoders=self.workers)
 
     def run(self, units: Sequence[Unit]) -> Iterator[UnitResult]:
         for unit in units:

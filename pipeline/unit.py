@@ -8,6 +8,7 @@ which is then simply not done.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from schemas.errors import ClipError
 from schemas.sample import FailureRecord
 
 DECODE_AHEAD = 2
-"""Clips in the decoder's shared slots: one being encoded, one being decoded."""
+"""Clips in a decoder's shared slots: one being encoded, one being decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,11 @@ class UnitResult:
 class UnitWorker:
     """Runs units of either family; encoders and the decoder child are loaded once and kept."""
 
-    def __init__(self, config: PreprocessConfig, card: Card) -> None:
-        self._config, self._card = config, card
+    def __init__(self, config: PreprocessConfig, card: Card, *, decoders: int = 1) -> None:
+        """`decoders` is the number of decoder children, each of which keeps about one core busy."""
+        self._config, self._card, self._num_decoders = config, card, decoders
         self._dataset = Dataset(Path(config.output))
-        self._decoder: DecoderProcess | None = None
+        self._decoders: list[DecoderProcess] = []
         self._video: VideoEncoder | None = None
         self._text: TextEncoder | None = None
 
@@ -91,10 +93,9 @@ class UnitWorker:
         )
 
     def close(self) -> None:
-        """End the decoder child."""
-        if self._decoder is not None:
-            self._decoder.close()
-            self._decoder = None
+        """End the decoder children."""
+        while self._decoders:
+            self._decoders.pop().close()
 
     def _prompts(
         self, unit: Unit, shard: ShardWriter, seconds: dict[str, float]
@@ -153,26 +154,28 @@ class UnitWorker:
     def _clips(
         self, unit: Unit, seconds: dict[str, float]
     ) -> Iterator[tuple[dict[str, Any], Clip | ClipError]]:
-        """Every row with its clip or its failure, in order, decoded ahead in the child."""
-        if self._decoder is None:
-            self._decoder = DecoderProcess(
+        """Every row with its clip or its failure, in order, decoded ahead in the children in turn."""
+        while len(self._decoders) < self._num_decoders:
+            decoder = DecoderProcess(
                 frames=self._config.frames,
                 buckets=self._config.buckets,
                 resize=self._config.resize,
                 limits=self._config.limits,
                 slots=DECODE_AHEAD,
             )
-        waiting: deque[dict[str, Any]] = deque()
-        todo = deque(unit.rows)
-        while todo or waiting:
-            while todo and len(waiting) < DECODE_AHEAD:
-                row = todo.popleft()
-                self._decoder.submit(DecodeRequest(row["path"], start_s=row["start_s"], end_s=row["end_s"]))
-                waiting.append(row)
-            row = waiting.popleft()
+            self._decoders.append(decoder)
+        turns = iter(zip(unit.rows, itertools.cycle(self._decoders), strict=False))
+        waiting: deque[tuple[dict[str, Any], DecoderProcess]] = deque()
+        while True:
+            for row, decoder in itertools.islice(turns, DECODE_AHEAD * self._num_decoders - len(waiting)):
+                decoder.submit(DecodeRequest(row["path"], start_s=row["start_s"], end_s=row["end_s"]))
+                waiting.append((row, decoder))
+            if not waiting:
+                return
+            row, decoder = waiting.popleft()
             with _clock(seconds, "decode_wait"):
                 try:
-                    clip: Clip | ClipError = self._decoder.result()
+                    clip: Clip | ClipError = decoder.result()
                 except ClipError as error:
                     clip = error
             yield row, clip

@@ -95,7 +95,7 @@ class ExecutorConfig(Settings):
     kind: Literal["auto", "local", "ray"] = "auto"
     """`auto`: `local` for one worker, `ray` for more or when an address is given."""
     workers: Positive = 2
-    """Ray actors; the shards do not depend on it."""
+    """Ray actors with a decoder child each; for `local`, decoder children. The shards do not depend on it."""
     address: str = ""
     """Ray cluster to join; empty starts Ray on this machine."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
