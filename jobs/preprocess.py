@@ -18,7 +18,7 @@ def run(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
     config = load_config(config_path, PreprocessConfig, overrides=overrides)
     summary, ran = preprocess(config)
     unfinished = summary["rows"] - summary["kept"] - summary["quarantined"]
-    over = summary["quarantine_gated"] > config.quarantine.max_rate * summary["rows"]
+    over = summary["quarantine_rate"] > config.quarantine.max_rate
     if as_json:
         print_json(summary)
     else:

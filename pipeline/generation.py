@@ -30,7 +30,7 @@ class Unit:
     family: Family
     number: int
     rows: tuple[dict[str, Any], ...]
-    """Latents: key, path, source, start_s, end_s. Prompts: key, caption."""
+    """Each a key, whether it is `live` (still asked for) and a caption, or the source and its window."""
 
 
 @dataclass
@@ -53,6 +53,9 @@ class _Allotment:
             self.units[key] = self.next_unit - 1
             self.filled = (self.filled + 1) % self.size
         return self.units[key]
+
+
+_LATENT_FIELDS = ("path", "source", "source_digest", "size", "mtime_ns", "start_s", "end_s")
 
 
 def known_sources(dataset: Dataset) -> dict[tuple[str, int, int], str]:
@@ -79,8 +82,10 @@ def add_generation(
     while True:
         history = dataset.generations()
         changes = _changes(dataset, card, rows=rows, sources=sources, unit_rows=unit_rows, history=history)
-        added = sum(row["op"] == "add" for row in changes)
-        counts = {"added": added, "removed": len(changes) - added}
+        removed = sum(row["op"] == "remove" for row in changes)
+        had = {(generation_key(row), row["sample_id"]) for row in dataset.live_rows()}
+        noted = sum((generation_key(r), r["sample_id"]) in had for r in changes if r["op"] == "add")
+        counts = {"added": len(changes) - removed - noted, "removed": removed}
         if not changes:
             return counts
         table = pa.Table.from_pylist(changes, schema=GENERATION_SCHEMA)
@@ -103,6 +108,7 @@ def _changes(
             latents.note(old["sample_id"], old["unit"])
             prompts.note(old["caption_digest"], old["prompt_unit"])
     live = {generation_key(row): row for row in dataset.live_rows()}
+    present = {row["sample_id"] for row in live.values()}
     changes: list[GenerationRow] = []
     for row in rows:
         source = sources[row.path]
@@ -112,38 +118,52 @@ def _changes(
             end_s=row.end_s,
             fingerprint=card.family_fingerprint("latents"),
         )
+        extra = json.dumps(row.extra, sort_keys=True, default=str) if row.extra else ""
+        noted = {"source": row.source, "size": source.size, "mtime_ns": source.mtime_ns, "extra": extra}
         old = live.pop(row.key, None)
         if old is not None and old["sample_id"] == key:
+            if any(old[name] != value for name, value in noted.items()):
+                changes.append({**old, **noted})  # touched or annotated: the same sample, in its unit
             continue
         if old is not None:  # the file's content changed under the same name
             changes.append({**old, "op": "remove"})
+        if key not in present:
+            _forget_if_left_out(dataset, latents, key)
         caption_key = caption_digest(row.caption, fingerprint=card.family_fingerprint("prompts"))
         changes.append(
             {
                 "op": "add",
                 "sample_id": key,
-                "source": row.source,
+                **noted,
                 "path": row.path,
                 "source_digest": source.digest,
-                "size": source.size,
-                "mtime_ns": source.mtime_ns,
                 "start_s": row.start_s,
                 "end_s": row.end_s,
                 "caption": row.caption,
                 "caption_digest": caption_key,
                 "unit": latents.unit_of(key),
                 "prompt_unit": prompts.unit_of(caption_key),
-                "extra": json.dumps(row.extra, sort_keys=True, default=str) if row.extra else "",
             }
         )
     return [*changes, *({**row, "op": "remove"} for row in live.values())]
 
 
+def _forget_if_left_out(dataset: Dataset, latents: _Allotment, key: str) -> None:
+    """Give a row that comes back a fresh unit where its old one was committed without it.
+
+    That happens when the row had been removed, and its file was gone or replaced, when the unit ran.
+    """
+    unit = latents.units.get(key)
+    commit = None if unit is None else dataset.commit("latents", unit)
+    if commit and key not in {record.key for record in (*commit.samples, *commit.quarantined)}:
+        del latents.units[key]
+
+
 def pending_units(dataset: Dataset, family: Family) -> list[Unit]:
     """Units that hold live rows and have no commit record yet, in order.
 
-    A unit's rows are all keys ever put into it, also those no longer asked for: what a unit holds
-    never depends on when it runs.
+    A unit's rows are all keys ever put into it, also those no longer asked for (not `live`): what a
+    unit holds depends on when it runs only where a removed row's file is gone too.
     """
     key, number = ("sample_id", "unit") if family == "latents" else ("caption_digest", "prompt_unit")
     held: dict[int, dict[str, GenerationRow]] = {}
@@ -151,14 +171,16 @@ def pending_units(dataset: Dataset, family: Family) -> list[Unit]:
         for row in table.to_pylist():
             if row["op"] == "add":
                 held.setdefault(row[number], {})[row[key]] = row
-    wanted = {row[number] for row in dataset.live_rows()}
+    live = dataset.live_rows()
+    wanted = {row[number] for row in live}
+    live_keys = {row[key] for row in live}
     pending = sorted(unit for unit in wanted if not dataset.commit_path(family, unit).exists())
-    fields = ("path", "source", "start_s", "end_s") if family == "latents" else ("caption",)
+    fields = _LATENT_FIELDS if family == "latents" else ("caption",)
+
+    def described(name: str, row: GenerationRow) -> dict[str, Any]:
+        return {"key": name, "live": name in live_keys, **{field: row[field] for field in fields}}
+
     return [
-        Unit(
-            family,
-            unit,
-            tuple({"key": name, **{f: row[f] for f in fields}} for name, row in held[unit].items()),
-        )
+        Unit(family, unit, tuple(described(name, row) for name, row in held[unit].items()))
         for unit in pending
     ]

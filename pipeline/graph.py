@@ -22,11 +22,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.commit import commit_once, make_folder, replace
+from pipeline.commit import TEMP_PREFIX, commit_once, make_folder, replace
 from pipeline.discover import discover
 from pipeline.executor import open_executor
 from pipeline.generation import Unit, add_generation, known_sources, pending_units
-from pipeline.progress import Tally, track
+from pipeline.progress import Tally, gated_failures, track
 from pipeline.source import identify
 from pipeline.text_encode import load_text_encoder
 from pipeline.unit import UnitResult
@@ -35,7 +35,7 @@ from schemas.bucket import check_buckets
 from schemas.card import Card, card_bytes, card_path, make_card, read_card, refuse_stale
 from schemas.config import PreprocessConfig
 from schemas.dataset import Dataset
-from schemas.errors import ManifestError, RunError, StaleDatasetError
+from schemas.errors import ConfigError, ManifestError, RunError, StaleDatasetError
 from schemas.index import build_tables, parquet_bytes
 from schemas.load import config_digest, resolved_toml
 from schemas.manifest import ManifestRow, RowProblem, read_manifest, split_rows
@@ -117,13 +117,19 @@ def settle_card(dataset: Dataset, want: Card) -> Card:
     """Write the card of a new dataset, or hold the existing one against what is wanted."""
     path = card_path(dataset.root)
     if not path.exists():
-        if dataset.root.is_dir() and any(dataset.root.iterdir()):
+        # A temp file is that of a run that was killed here, or is at this line now.
+        if dataset.root.is_dir() and any(
+            not entry.name.startswith((TEMP_PREFIX, path.name)) for entry in dataset.root.iterdir()
+        ):
             raise StaleDatasetError(
                 f"{dataset.root} is not empty and has no card.json, so it is not a latent dataset; "
                 "give another --set output=FOLDER"
             )
-        make_folder(dataset.root)
-        commit_once(path, card_bytes(want))
+        try:
+            make_folder(dataset.root)
+            commit_once(path, card_bytes(want))
+        except OSError as error:
+            raise ConfigError(f"output: {dataset.root} cannot be written: {error.strerror}") from error
     have = read_card(dataset.root)
     refuse_stale(dataset.root, have=have, want=want)
     for name, version in want.soft.items():
@@ -155,10 +161,10 @@ def run_units(
 
 def _stop_early(tally: Tally, result: UnitResult) -> None:
     before = tally.done - result.kept - len(result.failures)
-    if before < EARLY_STOP_ROWS <= tally.done and tally.failed * 2 > tally.done:
+    if before < EARLY_STOP_ROWS <= tally.done and tally.unwanted * 2 > tally.done:
         reason, count = tally.reasons.most_common(1)[0]
         raise RunError(
-            f"{tally.failed} of the first {tally.done} clips failed, {count} of them with {reason!r} "
+            f"{tally.unwanted} of the first {tally.done} clips failed, {count} of them with {reason!r} "
             f"(such as {result.failures[0][1] if result.failures else 'earlier ones'}): "
             "this looks like a wrong config, so the run stopped. Look at one file with `latentpress validate`"
         )
@@ -178,13 +184,13 @@ def summarize(
     if run is None and dataset.summary_path.exists():
         run = json.loads(dataset.summary_path.read_bytes()).get("last_run")
     reasons = Counter(quarantine["reason"].to_pylist())
+    gated = gated_failures(reasons)
     buckets = Counter(index["bucket"].to_pylist())
     return {
         "rows": rows,
         "kept": index.num_rows,
         "quarantined": quarantine.num_rows,
-        "quarantine_rate": round(quarantine.num_rows / rows, 4),
-        "quarantine_gated": sum(count for reason, count in reasons.items() if reason != "too_short"),
+        "quarantine_rate": round(gated / rows, 4),
         "reasons": dict(reasons.most_common()),
         "buckets": dict(buckets.most_common()),
         "num_tokens": sum(index["num_tokens"].to_pylist()),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,11 @@ from pipeline.unit import UnitResult
 _PLAIN_EVERY_S = 5.0
 STAGES = ("load", "decode", "encode", "write")
 """What a worker's wall clock goes to; decoding runs in its child, beside the others."""
+
+
+def gated_failures(reasons: Mapping[str, int]) -> int:
+    """Failed clips that speak against the run; short clips are dropped because that was asked for."""
+    return sum(count for reason, count in reasons.items() if reason != "too_short")
 
 
 @dataclass
@@ -38,6 +43,10 @@ class Tally:
     @property
     def failed(self) -> int:
         return sum(self.reasons.values())
+
+    @property
+    def unwanted(self) -> int:
+        return gated_failures(self.reasons)
 
     @property
     def done(self) -> int:

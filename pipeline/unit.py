@@ -20,13 +20,14 @@ import numpy as np
 from pipeline.generation import Unit
 from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess
 from pipeline.shard_writer import ShardWriter
+from pipeline.source import Source, same_content
 from pipeline.text_encode import TextEncoder, load_text_encoder
 from pipeline.video_encode import VideoEncoder, load_video_encoder, stored_latents
 from schemas.card import Card
 from schemas.codec import as_float32
 from schemas.config import PreprocessConfig
 from schemas.dataset import Dataset
-from schemas.errors import ClipError
+from schemas.errors import ClipError, RunError
 from schemas.sample import FailureRecord
 
 DECODE_AHEAD = 2
@@ -164,10 +165,12 @@ class UnitWorker:
                 slots=DECODE_AHEAD,
             )
             self._decoders.append(decoder)
-        turns = iter(zip(unit.rows, itertools.cycle(self._decoders), strict=False))
+        here = (row for row in unit.rows if row["live"] or _is_unchanged(row))
+        turns = iter(zip(here, itertools.cycle(self._decoders), strict=False))
         waiting: deque[tuple[dict[str, Any], DecoderProcess]] = deque()
         while True:
             for row, decoder in itertools.islice(turns, DECODE_AHEAD * self._num_decoders - len(waiting)):
+                _require_unchanged(row)
                 decoder.submit(DecodeRequest(row["path"], start_s=row["start_s"], end_s=row["end_s"]))
                 waiting.append((row, decoder))
             if not waiting:
@@ -178,7 +181,21 @@ class UnitWorker:
                     clip: Clip | ClipError = decoder.result()
                 except ClipError as error:
                     clip = error
+            _require_unchanged(row)
             yield row, clip
+
+
+def _is_unchanged(row: dict[str, Any]) -> bool:
+    return same_content(row["path"], Source(row["source_digest"], row["size"], row["mtime_ns"]))
+
+
+def _require_unchanged(row: dict[str, Any]) -> None:
+    """RunError where a row's file is not the one that was hashed: its frames would get a wrong identity."""
+    if not _is_unchanged(row):
+        raise RunError(
+            f"{row['path']} is gone or was replaced since it was listed; "
+            "run the same command again: it looks at every file anew"
+        )
 
 
 def _failure(row: dict[str, Any], error: ClipError) -> FailureRecord:

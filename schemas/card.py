@@ -81,6 +81,7 @@ def make_card(
     frames = config.frames
     latents: dict[str, Any] = {
         "decode_rules": DECODE_RULES,
+        "identity": config.identity,
         "frames.policy": frames.policy,
         "frames.short": frames.short,
         "buckets": sorted(bucket_name(bucket) for bucket in config.buckets),

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -98,7 +99,7 @@ class ExecutorConfig(Settings):
     """Ray actors with a decoder child each; for `local`, decoder children. The shards do not depend on it."""
     address: str = ""
     """Ray cluster to join; empty starts Ray on this machine."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """GPU share each actor asks Ray for."""
 
 
@@ -133,15 +134,15 @@ class QuarantineConfig(Settings):
     """How many failed clips a run may end with."""
 
     max_rate: Rate = 0.05
-    """Share of rows; above it the command ends with exit code 3."""
+    """Share of rows, without those dropped as `too_short`; above it the command ends with exit code 3."""
 
 
 class PreprocessConfig(Settings):
     """The config of `latentpress preprocess`."""
 
-    manifest: str
+    manifest: Text
     """Manifest file (.jsonl, .csv, .parquet) or a folder of videos with sidecar captions."""
-    output: str
+    output: Text
     """Folder of the latent dataset."""
     seed: int = 0
     """Seeds what is drawn at random (`store = "sample"`)."""
@@ -309,9 +310,9 @@ class StageConfig(Settings):
 class TrainConfig(Settings):
     """The config of `latentpress train`."""
 
-    dataset: str
+    dataset: Text
     """Latent dataset written by `latentpress preprocess`."""
-    output: str
+    output: Text
     """Folder of the run: checkpoints, metrics, loss curve."""
     seed: int = 0
     """Seeds initialisation, order, noise and timesteps."""

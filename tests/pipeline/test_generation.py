@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 
 from pipeline.generation import pending_units
+from schemas.check import check_dataset
 from schemas.dataset import Dataset
-from tests.pipeline.fake import ask, finish, make_dataset, make_rows
+from tests.pipeline.fake import ask, finish, make_dataset, make_rows, write_unit
 
 
 @pytest.fixture
@@ -103,6 +105,41 @@ def test_what_a_unit_holds_does_not_depend_on_when_it_runs(root: Path, tmp_path:
     dataset, card = make_dataset(root)
     rows = make_rows(tmp_path / "videos", 4)
     ask(dataset, card, rows)
-    planned = pending_units(dataset, "latents")
+    planned = [[row["key"] for row in unit.rows] for unit in pending_units(dataset, "latents")]
     ask(dataset, card, [rows[0], rows[2], rows[3]])
-    assert pending_units(dataset, "latents") == planned
+    units = pending_units(dataset, "latents")
+    assert [[row["key"] for row in unit.rows] for unit in units] == planned
+    assert [row["live"] for unit in units for row in unit.rows] == [True, False, True, True]
+
+
+def test_a_touched_or_annotated_row_is_noted_without_work(root: Path, tmp_path: Path) -> None:
+    dataset, card = make_dataset(root)
+    rows = make_rows(tmp_path / "videos", 2)
+    ask(dataset, card, rows)
+    finish(dataset, card)
+    os.utime(rows[0].path, ns=(5, 5))
+    rows[1] = dataclasses.replace(rows[1], extra={"tag": "new"})
+    assert ask(dataset, card, rows) == {"added": 0, "removed": 0}
+    assert pending_units(dataset, "latents") == pending_units(dataset, "prompts") == []
+    first, second = dataset.live_rows()
+    assert first["mtime_ns"] == 5
+    assert second["extra"] == '{"tag": "new"}'
+    assert ask(dataset, card, rows) == {"added": 0, "removed": 0}
+    assert len(dataset.generations()) == 2
+
+
+def test_a_row_that_its_unit_left_out_gets_another_unit(root: Path, tmp_path: Path) -> None:
+    """Its file was gone when the unit ran; when both come back, it runs in a unit of its own."""
+    dataset, card = make_dataset(root)
+    rows = make_rows(tmp_path / "videos", 2)
+    ask(dataset, card, rows)
+    ask(dataset, card, rows[1:])
+    (unit,) = pending_units(dataset, "latents")
+    assert [row["live"] for row in unit.rows] == [False, True]
+    write_unit(dataset, card, dataclasses.replace(unit, rows=unit.rows[1:]))
+    assert ask(dataset, card, rows) == {"added": 1, "removed": 0}
+    (unit,) = pending_units(dataset, "latents")
+    assert unit.number == 1
+    assert [(row["source"], row["live"]) for row in unit.rows] == [("0.mp4", True)]
+    finish(dataset, card)
+    assert check_dataset(root).clean

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import graph
 from pipeline.graph import EARLY_STOP_ROWS, preprocess
 from pipeline.shard_writer import ShardWriter
 from schemas.check import check_dataset
@@ -166,7 +167,7 @@ def test_a_folder_that_is_no_dataset_is_left_alone(manifest: Path, tmp_path: Pat
 def test_short_clips_are_dropped_or_fatal_as_asked(manifest: Path, tmp_path: Path) -> None:
     summary, _ = preprocess(config_for(manifest, tmp_path / "drop", frames={"short": "drop"}))
     assert summary["reasons"]["too_short"] == 1
-    assert summary["quarantine_gated"] == 1  # the broken one: dropping short clips was asked for
+    assert summary["quarantine_rate"] == round(1 / 6, 4)  # the broken one: dropping short ones was asked for
     with pytest.raises(RunError, match=r"short\.mp4"):
         preprocess(config_for(manifest, tmp_path / "error", frames={"short": "error"}))
 
@@ -190,6 +191,71 @@ def test_disk_trouble_stops_the_run_and_the_next_one_finishes_it(
     summary, _ = preprocess(config_for(manifest, tmp_path / "out"))
     assert (summary["kept"], summary["quarantined"]) == (5, 1)
     assert check_dataset(tmp_path / "out").clean
+
+
+def test_a_file_replaced_after_it_was_listed_never_takes_the_old_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after planning; then a file changes, runs as what it is now, and the old one comes back."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    video = make_video(folder / "x.mp4", num_frames=12)
+    make_video(folder / "y.mp4", num_frames=10)
+    original = video.read_bytes()
+    listed = folder / "manifest.jsonl"
+    listed.write_text("".join(json.dumps({"video": n, "caption": n}) + "\n" for n in ("x.mp4", "y.mp4")))
+    config = config_for(listed, tmp_path / "out")
+
+    def die(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "run_units", die)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(config)
+    make_video(video, num_frames=20, size=(64, 96))
+    summary, _ = preprocess(config)
+    assert summary["kept"] == 2
+    video.write_bytes(original)
+    summary, ran = preprocess(config)
+    assert (summary["kept"], ran) == (2, True)
+    assert check_dataset(tmp_path / "out").clean
+    rows = {row["source"]: row for row in read_index(tmp_path / "out").to_pylist()}
+    assert rows["x.mp4"]["bucket"] == "9x32x48"  # the landscape original, not its replacement
+
+
+def test_a_file_that_vanishes_during_the_run_stops_it_and_nothing_sticks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = make_video(tmp_path / "x.mp4", num_frames=12)
+    listed = tmp_path / "manifest.jsonl"
+    listed.write_text(json.dumps({"video": "x.mp4", "caption": "x"}) + "\n")
+    run_units = graph.run_units
+
+    def vanish(*args: Any) -> Any:
+        video.rename(tmp_path / "elsewhere")
+        return run_units(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "run_units", vanish)
+        with pytest.raises(RunError, match="is gone or was replaced"):
+            preprocess(config_for(listed, tmp_path / "out"))
+    (tmp_path / "elsewhere").rename(video)
+    summary, _ = preprocess(config_for(listed, tmp_path / "out"))
+    assert (summary["kept"], summary["quarantined"]) == (1, 0)
+
+
+def test_what_a_killed_first_run_left_does_not_lock_the_folder(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / ".tmp-123-abc").write_text("half a card")
+    summary, _ = preprocess(config_for(manifest, tmp_path))
+    assert summary["kept"] == 5
+
+
+def test_an_output_that_cannot_be_a_folder_is_named(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(ConfigError, match=r"output: .*file"):
+            preprocess(config_for(manifest, output))
 
 
 def test_a_wrong_config_stops_early(tmp_path: Path) -> None:
