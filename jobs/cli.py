@@ -241,6 +241,10 @@ def _job(name: str) -> Any:
         raise
 
 
+_TYPER_INTERRUPTED = 130
+"""What Typer makes of Ctrl-C, without a word."""
+
+
 def main() -> None:
     """Entry point: expected errors become one message and their exit code, without a traceback."""
     try:
@@ -248,11 +252,13 @@ def main() -> None:
     except LatentpressError as error:
         print(f"latentpress: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(
-            "\nlatentpress: interrupted; what is committed stays, run the same command to resume",
-            file=sys.stderr,
-        )
+    except OSError as error:
+        print(f"latentpress: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    except SystemExit as stop:
+        if stop.code != _TYPER_INTERRUPTED:
+            raise
+        print("\nlatentpress: interrupted; run the same command to go on where it was", file=sys.stderr)
         sys.exit(EXIT_FAILED)
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,7 +23,7 @@ from types import FrameType
 from schemas.card import read_card
 from schemas.config import TrainConfig
 from schemas.errors import EXIT_DONE, EXIT_USAGE, ConfigError, LatentpressError, RunError
-from schemas.load import load_config, resolved_toml
+from schemas.load import load_config
 
 Failure = tuple[int, str]
 """Exit code and message of a rank."""
@@ -33,13 +33,13 @@ def train(config_path: str | Path, *, overrides: Sequence[str] = (), nproc: int 
     """Train, or resume, the run of a config on `nproc` local ranks; returns the exit code."""
     config = load_config(config_path, TrainConfig, overrides=overrides)
     if "RANK" in os.environ:
-        if os.environ["RANK"] == "0":
-            _write_config(config)
         _train_here(config)
         return EXIT_DONE
-    if _already_finished(config):
+    # Another run's output is refused, and nothing to do is said, before any rank starts.
+    from trainer.resume import already_finished, resume_point
+
+    if already_finished(config, resume_point(config, read_card(Path(config.dataset)))):
         return EXIT_DONE
-    _write_config(config)
     if nproc == 1:
         _train_here(config)
     else:
@@ -56,25 +56,6 @@ def export_model(checkpoint: str | Path, output: str | Path) -> int:
     export(saved, Path(output))
     print(f"{saved.path} (step {saved.step}) -> {output}")
     return EXIT_DONE
-
-
-def _write_config(config: TrainConfig) -> None:
-    """The resolved config, beside what it made."""
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
-
-
-def _already_finished(config: TrainConfig) -> bool:
-    """Says so where nothing is left to do; refuses another run's output before any rank starts."""
-    from trainer.curriculum import total_steps
-    from trainer.resume import resume_point
-
-    saved = resume_point(config, read_card(Path(config.dataset)))
-    if saved is None or saved.step < total_steps(config.stages):
-        return False
-    print(f"nothing to do: {saved.path} has all {saved.step} steps; raise stages.<n>.steps to train longer")
-    return True
 
 
 def _train_here(config: TrainConfig) -> None:
@@ -105,7 +86,7 @@ def _launch(config: TrainConfig, nproc: int) -> None:
         ranks[receiver] = process
     failure: Failure | None = None
     running = dict(ranks)
-    with _forwarded_signals([process.pid for process in ranks.values() if process.pid]):
+    with _forwarded_signals([process.pid for process in ranks.values() if process.pid]) as forwarded:
         try:
             while running and failure is None:
                 receiver = next(pipe for pipe in wait(list(running)) if isinstance(pipe, Connection))
@@ -115,7 +96,10 @@ def _launch(config: TrainConfig, nproc: int) -> None:
                 process.kill()
             for process in ranks.values():
                 process.join()
-    if failure:
+    # A rank that the signal itself ended had not come to training, where it is noted instead.
+    if any(process.exitcode == -number for process in ranks.values() for number in forwarded):
+        print("stopped before the first step; requeue me, the same command starts again")
+    elif failure:
         code, message = failure
         raise ConfigError(message) if code == EXIT_USAGE else RunError(message)
 
@@ -167,16 +151,19 @@ def _die_with_launcher() -> None:
 
 
 @contextmanager
-def _forwarded_signals(pids: Sequence[int]) -> Iterator[None]:
-    """Pass stop signals on to the ranks, which then finish their step, save and end."""
+def _forwarded_signals(pids: Sequence[int]) -> Iterator[list[int]]:
+    """Pass stop signals on to the ranks, which then finish their step, save and end; collects them."""
+    forwarded: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        forwarded.append(number)
         for pid in pids:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield
+        yield forwarded
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -10,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.generation import Unit
 from pipeline.unit import UnitResult, UnitWorker
 from schemas.card import Card
 from schemas.config import PreprocessConfig
-from schemas.errors import LatentpressError, MissingExtraError, RunError
+from schemas.errors import ConfigError, LatentpressError, MissingExtraError, RunError
 
 if TYPE_CHECKING:
     import ray.actor
@@ -27,6 +31,11 @@ UNITS_IN_FLIGHT = 2
 MAX_DEATHS = 3
 """A unit that takes its actor down this often stops the run."""
 _OBJECT_STORE_BYTES = 128 * 2**20
+_CONNECT_S = 5.0
+_PROBE_S = 10.0
+_PLACED_S = 30.0
+_TOKEN = Path.home() / ".ray" / "auth_token"
+"""What `ray start` makes where its cluster asks for a token."""
 
 
 class Executor(Protocol):
@@ -78,16 +87,21 @@ class RayExecutor:
     name = "ray"
 
     def __init__(self, config: PreprocessConfig, card: Card) -> None:
+        _require_answer(config.executor.address)
+        if config.executor.address and _TOKEN.exists() and "RAY_AUTH_MODE" not in os.environ:
+            # Ray reads the mode when it is imported, so the cluster is asked first.
+            asks = _asks_for_token(config.executor.address)
+            os.environ["RAY_AUTH_MODE"] = "token" if asks else "disabled"
         try:
             import ray
         except ImportError:
             raise MissingExtraError("ray", "pipeline") from None
-        self._ray = ray
+        self._ray, self._config = ray, config
         settings = config.executor
         self.workers = settings.workers
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if settings.address:
-            ray.init(address=settings.address, log_to_driver=False, logging_level=logging.ERROR)
+            self._join(settings.address)
         else:
             ray.init(
                 address="local",
@@ -102,7 +116,40 @@ class RayExecutor:
         )(UnitWorker)
         self._actors: list[Any] = [actor.remote(config, card) for _ in range(settings.workers)]
 
+    def _join(self, address: str) -> None:
+        try:
+            self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise RunError(
+                f"the Ray cluster at executor.address = {address!r} cannot be joined: {error}. Its Ray must "
+                "be of this version; where it asks for a token, copy its ~/.ray/auth_token to this machine"
+            ) from error
+
+    def _await_actors(self) -> None:
+        """Return when every actor runs, saying so while that takes long; ConfigError where it never can."""
+        settings = self._config.executor
+        have = self._ray.cluster_resources()
+        cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
+        wants = f"{self.workers} workers of 1 CPU and {settings.gpus_per_worker:g} GPU each"
+        fit = cpus >= self.workers and gpus >= self.workers * settings.gpus_per_worker
+        if not fit and not settings.address:
+            raise ConfigError(
+                f"executor: {wants} do not fit this machine ({cpus:g} CPU, {gpus:g} GPU); "
+                "lower executor.workers or executor.gpus_per_worker"
+            )
+        waiting = [actor.__ray_ready__.remote() for actor in self._actors]
+        while waiting:
+            _, waiting = self._ray.wait(waiting, num_returns=len(waiting), timeout=_PLACED_S)
+            if waiting:
+                print(
+                    f"waiting for Ray to place {wants}; its cluster has {cpus:g} CPU, {gpus:g} GPU",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
     def run(self, units: Sequence[Unit]) -> Iterator[UnitResult]:
+        if units:
+            self._await_actors()
         todo = list(reversed(units))
         flying: dict[Any, tuple[ray.actor.ActorHandle[Any], Unit]] = {}
         deaths: dict[int, int] = {}
@@ -148,6 +195,31 @@ class RayExecutor:
         for actor in self._actors:
             self._ray.kill(actor)
         self._ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """ConfigError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():  # such as "auto"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"executor.address = {address!r}: nothing answers there ({error}); "
+            "start a cluster with `ray start --head --port=PORT`"
+        ) from error
+
+
+def _asks_for_token(address: str) -> bool:
+    """Whether the Ray cluster at `address` refuses who brings no token; tried in a process of its own."""
+    join = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        command = [sys.executable, "-c", join, address]
+        run = subprocess.run(command, env=environment, capture_output=True, timeout=_PROBE_S, check=False)
+        return run.returncode != 0
+    return True
 
 
 def _stopped(unit: Unit, error: OSError) -> RunError:

@@ -59,6 +59,9 @@ class TextEncoder(Protocol):
     def hard_fields(self) -> dict[str, Any]:
         """JSON values of everything, beyond the config, that changes the numbers."""
 
+    def load(self) -> None:
+        """Build the model now instead of at the first `encode`."""
+
     def encode(self, captions: Sequence[str]) -> list[TextEncoding]:
         """One encoding per caption, in order."""
 
@@ -93,6 +96,9 @@ class TinyT5:
             "weights_sha256": digest.hexdigest(),
             "tokenizer": "ByT5Tokenizer",
         }
+
+    def load(self) -> None:
+        assert self._model
 
     def encode(self, captions: Sequence[str]) -> list[TextEncoding]:
         with _one_thread():

@@ -104,6 +104,7 @@ class UnitWorker:
         if self._text is None:
             with _clock(seconds, "load"):
                 self._text = load_text_encoder(self._config.text_encoder)
+                self._text.load()
         with _clock(seconds, "encode"):
             encodings = self._text.encode([row["caption"] for row in unit.rows])
         with _clock(seconds, "write"):

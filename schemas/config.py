@@ -187,7 +187,7 @@ class ModelConfig(Settings):
     """Transformer blocks; `init = "random"` only, like the fields below."""
     num_attention_heads: Positive = 4
     """Heads per block."""
-    attention_head_dim: Positive = 32
+    attention_head_dim: Annotated[int, Field(gt=0, multiple_of=16)] = 32
     """Width of one head; a multiple of 16 (rotary embedding over time, height, width)."""
     time_embed_dim: Positive = 128
     """Width of the timestep embedding."""
@@ -247,11 +247,14 @@ class LossConfig(Settings):
         return value
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Settings):
     """AdamW and the gradient clip."""
 
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
-    """Decay of the first and second moment."""
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
+    """Decay of the first and second moment; 0 or more, below 1."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4

@@ -69,7 +69,7 @@ class Dataset:
         tables: list[pa.Table] = []
         while (path := self.generation_path(len(tables))).exists():
             try:
-                table = pq.read_table(path)
+                table = pq.read_table(path, page_checksum_verification=True)
             except (pa.ArrowException, OSError) as error:
                 raise DatasetError(f"{path} cannot be read: {error}") from error
             if table.schema.names != GENERATION_SCHEMA.names:
@@ -98,7 +98,9 @@ class Dataset:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise DatasetError(f"commit record {path} is damaged: {error}") from error
+            raise DatasetError(
+                f"commit record {path} is damaged: {error}; delete it and run preprocess again"
+            ) from error
 
     def commits(self, family: Family, units: set[int]) -> Iterator[UnitCommit]:
         """The commit records there are for `units`, by number."""

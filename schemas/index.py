@@ -103,7 +103,7 @@ def build_tables(dataset: Dataset, card: Card) -> tuple[pa.Table, pa.Table]:
 def parquet_bytes(table: pa.Table) -> memoryview:
     """A table as the bytes of a Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return memoryview(sink.getvalue())
 
 
@@ -175,7 +175,7 @@ def read_quarantine(dataset: str | Path) -> pa.Table:
 
 def _read_table(path: Path, dataset: str | Path) -> pa.Table:
     try:
-        return pq.read_table(path)
+        return pq.read_table(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise DatasetError(
             f"{dataset} has no {path.name}; run `latentpress preprocess` with its config again to rebuild it"

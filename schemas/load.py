@@ -167,6 +167,8 @@ def _describe(problem: Any, model: type[pydantic.BaseModel]) -> str:
         return f"unknown key {key!r}; {hint}"
     if problem["type"] == "missing":
         return f"{key} is missing; set it in the file or with --set {key}=..."
+    if problem["type"] == "literal_error":
+        return f"{key} = {problem['input']!r}: this version takes {problem['ctx']['expected']}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key} = {problem['input']!r}: {message[:1].lower()}{message[1:]}"
 

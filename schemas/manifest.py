@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,16 +86,16 @@ def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRo
     def problem(reason: str, message: str) -> RowProblem:
         return RowProblem(number, source if isinstance(source, str) else None, reason, message)
 
-    source, *more = [cells[key] for key in VIDEO_KEYS if cells.get(key) not in (None, "")] or [None]
-    if not isinstance(source, str):
+    video_key = _first(cells, VIDEO_KEYS)
+    source = cells.get(video_key)
+    if not isinstance(source, str) or not source:
         return problem("no_video", f"has no video; expected one of the columns {', '.join(VIDEO_KEYS)}")
-    if any(other != source for other in more):
-        return problem("two_videos", f"names two videos, {source!r} and {more[0]!r}; keep one column")
     if "\0" in source or not _is_text(source):
         return problem("bad_path", "the video path holds a NUL character or is not Unicode text")
     if "://" in source:
         return problem("remote", "remote sources are not read; copy the file and give its path")
-    caption = next((cells[key] for key in CAPTION_KEYS if cells.get(key) is not None), None)
+    caption_key = _first(cells, CAPTION_KEYS)
+    caption = cells.get(caption_key)
     if not isinstance(caption, str) or not caption.strip():
         found = "no caption" if caption is None else f"caption {caption!r}"
         return problem("no_caption", f"has {found}; expected text in one of {', '.join(CAPTION_KEYS)}")
@@ -110,7 +110,7 @@ def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRo
         return problem("bad_window", str(error))
     if end_s is not None and end_s <= (start_s or 0.0):
         return problem("bad_window", f"expected start_s < end_s, found start_s = {start_s}, end_s = {end_s}")
-    known = {*VIDEO_KEYS, *CAPTION_KEYS, "start_s", "end_s"}
+    known = {video_key, caption_key, "start_s", "end_s"}
     return ManifestRow(
         number=number,
         source=source,
@@ -120,6 +120,11 @@ def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRo
         end_s=end_s,
         extra={key: value for key, value in cells.items() if key not in known and value is not None},
     )
+
+
+def _first(cells: dict[str, Any], aliases: Sequence[str]) -> str:
+    """The first alias that says something; the other columns are carried through."""
+    return next((key for key in aliases if cells.get(key) not in (None, "")), aliases[0])
 
 
 def split_rows(
@@ -178,7 +183,7 @@ def _is_text(value: str) -> bool:
 
 
 def _seconds(value: Any, name: str) -> float | None:
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # pandas writes a missing number as NaN
         return None
     try:
         seconds = float(value)
@@ -200,7 +205,13 @@ def _jsonl(path: Path) -> Iterator[Cells]:
             if not line:
                 return
             if len(line) > _MAX_LINE_CHARS:
-                raise ManifestError(f"{path}: line {number} is longer than {_MAX_LINE_CHARS} characters")
+                while line and not line.endswith("\n"):
+                    line = lines.readline(_MAX_LINE_CHARS)
+                yield (
+                    number,
+                    RowProblem(number, None, "bad_row", f"is over {_MAX_LINE_CHARS} characters"),
+                )
+                continue
             if not line.strip():
                 continue
             yield number, _json_cells(number, line)
@@ -221,10 +232,11 @@ def _json_cells(number: int, line: str) -> dict[str, Any] | RowProblem:
 
 def _csv(path: Path) -> Iterator[Cells]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True, restkey="")
+        csv.field_size_limit(_MAX_LINE_CHARS)
+        reader = csv.DictReader(file, strict=True)
         try:
             for cells in reader:
-                if "" in cells:
+                if None in cells:
                     problem = f"has more cells than the header's {len(reader.fieldnames or ())}"
                     yield reader.line_num, RowProblem(reader.line_num, None, "bad_row", problem)
                 else:

@@ -69,7 +69,6 @@ def test_aliases(folder: Path, video: str, caption: str) -> None:
     ("row", "reason"),
     [
         ({"caption": "x"}, "no_video"),
-        ({"video": "a.mp4", "path": "b.mp4", "caption": "x"}, "two_videos"),
         ({"video": "a.mp4"}, "no_caption"),
         ({"video": "a.mp4", "caption": "  "}, "no_caption"),
         ({"video": "a.mp4", "caption": 3}, "no_caption"),
@@ -91,6 +90,31 @@ def test_a_bad_row_is_named_and_its_neighbour_kept(folder: Path, row: dict[str, 
     assert [r.source for r in rows] == ["b.mp4"]
     assert [(p.number, p.reason) for p in problems] == [(1, reason)]
     assert str(problems[0]).startswith("row 1")
+
+
+def test_the_first_filled_alias_wins_and_the_others_are_carried_through(folder: Path) -> None:
+    row = {"video": "a.mp4", "path": "elsewhere", "caption": "", "text": "said", "cap": "too"}
+    rows, problems = rows_of(write_jsonl(folder / "m.jsonl", [row]))
+    assert problems == []
+    assert (rows[0].source, rows[0].caption) == ("a.mp4", "said")
+    assert rows[0].extra == {"path": "elsewhere", "caption": "", "cap": "too"}
+
+
+def test_what_pandas_writes_is_read(folder: Path) -> None:
+    (folder / "m.csv").write_text(",video,caption,end_s\n0,a.mp4,one,\n1,b.mp4,two,2.5,9\n")
+    rows, problems = rows_of(folder / "m.csv")
+    assert [(row.source, row.end_s) for row in rows] == [("a.mp4", None)]
+    assert [problem.message for problem in problems] == ["has more cells than the header's 4"]
+    table = pa.table({"video": ["a.mp4"], "caption": ["x"], "start_s": [float("nan")]})
+    pq.write_table(table, folder / "m.parquet")
+    assert rows_of(folder / "m.parquet")[0][0].start_s is None
+
+
+def test_an_endless_line_costs_itself(folder: Path) -> None:
+    path = write_jsonl(folder / "m.jsonl", [{"video": "a.mp4", "caption": "x" * 3_000_000}, ROWS[1]])
+    rows, problems = rows_of(path)
+    assert [(problem.number, problem.reason) for problem in problems] == [(1, "bad_row")]
+    assert [(row.number, row.source) for row in rows] == [(2, "b.mp4")]
 
 
 def test_lines_that_are_no_rows(folder: Path) -> None:
