@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 
 from jobs.console import console, count_table, duration, print_json, size, table
-from pipeline.clip import ClipInfo
-from pipeline.decode import decode_clip
-from pipeline.frames import num_available
 from pipeline.graph import manifest_rows, wanted_card
+from pipeline.progress import gated_failures
+from pipeline.sandbox import DecodeRequest, DecoderProcess
 from pipeline.survey import survey
 from pipeline.text_encode import load_text_encoder
 from pipeline.video_encode import load_video_encoder
-from schemas.bucket import bucket_name, choose_bucket, video_tokens
+from schemas.bucket import bucket_name, video_tokens
 from schemas.card import Card, card_path, read_card, refuse_stale
 from schemas.codec import DTYPES, TAGS
 from schemas.config import BucketConfig, PreprocessConfig
@@ -58,14 +57,9 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
                 {"row": row.number, "source": row.source, "reason": found.reason, "message": found.message}
             )
             continue
-        bucket, pictures = _bucket(row, found, config)
-        if pictures < bucket.num_frames:
-            short += 1
-            if config.frames.short == "drop":
-                drops["too_short"] += 1
-                continue
-        buckets[bucket_name(bucket)] += 1
-        chosen.append((row, bucket))
+        short += found.num_available < found.bucket.num_frames
+        buckets[bucket_name(found.bucket)] += 1
+        chosen.append((row, found.bucket))
 
     done = _done(dataset, chosen)
     captions = list(dict.fromkeys(row.caption for row in rows))
@@ -84,19 +78,7 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
         **_estimate(chosen, config, remaining=len(chosen) - done),
     }
     print_json(report) if as_json else _print(report, config)
-    gated = len(dropped)
-    return EXIT_GATE if gated > config.quarantine.max_rate * len(rows) else EXIT_DONE
-
-
-def _bucket(row: ManifestRow, info: ClipInfo, config: PreprocessConfig) -> tuple[BucketConfig, int]:
-    """The bucket of a clip, and about how many pictures its window (and rate, for `fps`) leaves."""
-    window_s = min(row.end_s or info.duration_s, info.duration_s) - (row.start_s or 0.0)
-    share = window_s / info.duration_s if info.duration_s else 1.0
-    pictures = num_available(window_s, max(1, round(info.num_pictures * share)), frames=config.frames)
-    position = choose_bucket(
-        config.buckets, width=info.display_width, height=info.display_height, num_pictures=pictures
-    )
-    return config.buckets[position], pictures
+    return EXIT_GATE if gated_failures(drops) > config.quarantine.max_rate * len(rows) else EXIT_DONE
 
 
 def _done(dataset: Dataset, chosen: Sequence[tuple[ManifestRow, BucketConfig]]) -> int:
@@ -136,25 +118,23 @@ def _estimate(
     encoder = load_video_encoder(config.video_encoder)
     spent = []
     step = max(1, len(chosen) // _TRIALS)
-    for row, _ in chosen[step // 2 :: step][:_TRIALS]:
-        started = time.perf_counter()
-        try:
-            frames, _, _ = decode_clip(
-                row.path,
-                start_s=row.start_s,
-                end_s=row.end_s,
-                frames=config.frames,
-                buckets=config.buckets,
-                resize=config.resize,
-                limits=config.limits,
-            )
-        except ClipError:
-            continue
-        encoder.encode(frames[None])
-        spent.append(time.perf_counter() - started)
+    with DecoderProcess(
+        frames=config.frames, buckets=config.buckets, resize=config.resize, limits=config.limits
+    ) as decoder:
+        for row, _ in chosen[step // 2 :: step][:_TRIALS]:
+            decoder.submit(DecodeRequest(row.path, start_s=row.start_s, end_s=row.end_s))
+            try:
+                clip = decoder.result()
+            except ClipError:
+                continue
+            started = time.perf_counter()
+            encoder.encode(clip.frames[None])
+            spent.append(clip.decode_s + time.perf_counter() - started)
+            clip.release()
     parallel = min(config.executor.workers, os.cpu_count() or 1)
     seconds = statistics.median(spent) * remaining / parallel if spent else None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    of_worker_and_child = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = 1024 * sum(resource.getrusage(who).ru_maxrss for who in of_worker_and_child)
     return {
         "trial_clips": len(spent),
         "estimated_s": seconds and round(seconds, 1),

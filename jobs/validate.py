@@ -1,4 +1,4 @@
-"""`latentpress validate`: every row of a manifest held against its file, without decoding.
+"""`latentpress validate`: every row of a manifest held against its file and the rules of a config.
 
 Exit code 0 where the share of bad rows is within the config's quarantine rate (0 without a config),
 3 above it. Rows that preprocess would refuse to start with (missing file, no caption, repeated row)
@@ -16,9 +16,11 @@ from typing import Any
 from jobs.console import console, count_table, print_json, table
 from pipeline.clip import ClipInfo
 from pipeline.graph import manifest_items
-from pipeline.survey import survey
+from pipeline.survey import Surveyed, survey
+from pipeline.video_encode import load_video_encoder
+from schemas.bucket import check_buckets
 from schemas.config import PreprocessConfig
-from schemas.errors import EXIT_DONE, EXIT_GATE, ManifestError
+from schemas.errors import EXIT_DONE, EXIT_GATE, ConfigError, ManifestError
 from schemas.load import check_config, load_config
 from schemas.manifest import ManifestRow, RowProblem, split_rows, write_manifest
 
@@ -30,20 +32,23 @@ def validate(
 ) -> int:
     """Validate `manifest`; the exit code of the command."""
     if config is None:
+        if overrides:
+            raise ConfigError("--set changes a config; name it with -c CONFIG")
         settings = check_config(
             {"manifest": str(manifest), "output": "unused"}, PreprocessConfig, where="--set"
         )
         allowed = 0.0
     else:
         settings = load_config(config, PreprocessConfig, overrides=overrides)
+        check_buckets(settings.buckets, load_video_encoder(settings.video_encoder).geometry)
         allowed = settings.quarantine.max_rate
     rows, problems = split_rows(manifest_items(manifest))
     if not rows and not problems:
         raise ManifestError(f"{manifest} holds no rows")
     good: list[tuple[ManifestRow, ClipInfo]] = []
     for row, found in survey(rows, settings):
-        if isinstance(found, ClipInfo):
-            good.append((row, found))
+        if isinstance(found, Surveyed):
+            good.append((row, found.info))
         else:
             problems.append(RowProblem(row.number, row.source, found.reason, found.message))
     problems.sort(key=lambda problem: problem.number)

@@ -10,7 +10,7 @@ from jobs.console import print_json
 from schemas.card import read_card, refuse_stale
 from schemas.check import Verdict, check_dataset
 from schemas.config import PreprocessConfig
-from schemas.errors import EXIT_DONE, EXIT_FAILED
+from schemas.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 from schemas.load import load_config
 
 _SHOWN = 50
@@ -19,6 +19,8 @@ _SHOWN = 50
 def verify(dataset: Path, *, config: Path | None, overrides: Sequence[str], as_json: bool) -> int:
     """Check `dataset`, and with `config` also that its card is what that config asks for."""
     card = read_card(dataset)
+    if config is None and overrides:
+        raise ConfigError("--set changes a config; name it with -c CONFIG")
     if config is not None:
         from pipeline.graph import wanted_card
 

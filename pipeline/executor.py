@@ -128,7 +128,7 @@ class RayExecutor:
     def _await_actors(self) -> None:
         """Return when every actor runs, saying so while that takes long; ConfigError where it never can."""
         settings = self._config.executor
-        have = self._ray.cluster_resources()
+        have: dict[str, float] = self._ray.cluster_resources()  # type: ignore[no-untyped-call]
         cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
         wants = f"{self.workers} workers of 1 CPU and {settings.gpus_per_worker:g} GPU each"
         fit = cpus >= self.workers and gpus >= self.workers * settings.gpus_per_worker

@@ -155,7 +155,7 @@ def _forget_if_left_out(dataset: Dataset, latents: _Allotment, key: str) -> None
     """
     unit = latents.units.get(key)
     commit = None if unit is None else dataset.commit("latents", unit)
-    if commit and key not in {record.key for record in (*commit.samples, *commit.quarantined)}:
+    if commit and key not in {*(s.key for s in commit.samples), *(f.key for f in commit.quarantined)}:
         del latents.units[key]
 
 

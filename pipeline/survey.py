@@ -9,12 +9,14 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 from pipeline.clip import ClipInfo
-from pipeline.frames import check_window
+from pipeline.frames import check_window, num_available
 from pipeline.sandbox import DecoderProcess
-from schemas.config import PreprocessConfig
+from schemas.bucket import choose_bucket
+from schemas.config import BucketConfig, PreprocessConfig
 from schemas.errors import ClipError
 from schemas.manifest import ManifestRow
 
@@ -22,19 +24,27 @@ _WINDOW = 256
 """Rows probed ahead of the reader."""
 
 
+@dataclass(frozen=True)
+class Surveyed:
+    """A row that can become a sample."""
+
+    info: ClipInfo
+    bucket: BucketConfig
+    num_available: int
+    """About how many frames its window fills without repeating or blending."""
+
+
 def survey(
     rows: Iterable[ManifestRow], config: PreprocessConfig
-) -> Iterator[tuple[ManifestRow, ClipInfo | ClipError]]:
-    """Every row in order with what its file says of itself, or why it cannot become a sample."""
+) -> Iterator[tuple[ManifestRow, Surveyed | ClipError]]:
+    """Every row in order with what will become of it, or why it cannot become a sample."""
     workers = os.cpu_count() or 1
     idle: SimpleQueue[DecoderProcess] = SimpleQueue()
 
-    def probe(row: ManifestRow) -> ClipInfo | ClipError:
+    def probe(row: ManifestRow) -> Surveyed | ClipError:
         child = idle.get()
         try:
-            info = child.probe(row.path)
-            check_window(info, start_s=row.start_s, end_s=row.end_s)
-            return info
+            return _place(row, child.probe(row.path), config)
         except ClipError as error:
             return error
         finally:
@@ -53,7 +63,7 @@ def survey(
                 )
             )
         pool = stack.enter_context(ThreadPoolExecutor(workers))
-        ahead: list[tuple[ManifestRow, Future[ClipInfo | ClipError]]] = []
+        ahead: list[tuple[ManifestRow, Future[Surveyed | ClipError]]] = []
         for row in rows:
             ahead.append((row, pool.submit(probe, row)))
             if len(ahead) >= _WINDOW:
@@ -61,3 +71,22 @@ def survey(
                 yield first, found.result()
         for first, found in ahead:
             yield first, found.result()
+
+
+def _place(row: ManifestRow, info: ClipInfo, config: PreprocessConfig) -> Surveyed:
+    """The bucket of a row's window; ClipError where the window is empty or refused as too short."""
+    check_window(info, start_s=row.start_s, end_s=row.end_s)
+    window_s = min(row.end_s or info.duration_s, info.duration_s) - (row.start_s or 0.0)
+    share = window_s / info.duration_s if info.duration_s else 1.0
+    pictures = num_available(window_s, max(1, round(info.num_pictures * share)), frames=config.frames)
+    position = choose_bucket(
+        config.buckets, width=info.display_width, height=info.display_height, num_pictures=pictures
+    )
+    bucket = config.buckets[position]
+    if pictures < bucket.num_frames and config.frames.short in ("drop", "error"):
+        raise ClipError(
+            "too_short",
+            f"about {pictures} frames where the bucket asks for {bucket.num_frames} "
+            f"(frames.short = {config.frames.short!r})",
+        )
+    return Surveyed(info, bucket, pictures)

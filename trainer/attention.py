@@ -44,7 +44,8 @@ def segment_lengths(bounds: Sequence[int], *, num_tokens: int) -> list[int]:
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     if not lengths or bounds[0] != 0 or bounds[-1] != num_tokens or min(lengths) < 1:
         raise ValueError(
-            f"cu_seqlens must rise strictly from 0 to the number of tokens, {num_tokens}; found {bounds}"
+            f"cu_seqlens must rise strictly from 0 to the number of tokens, {num_tokens}; these "
+            f"{len(bounds)} bounds do not"
         )
     return lengths
 

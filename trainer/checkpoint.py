@@ -4,31 +4,47 @@
     <output>/checkpoints/latest         the name of the newest one, for people
 
 A checkpoint is written under a temporary name; meta.json, with the size of every file, comes last;
-then everything is flushed and the folder renamed. Whatever a kill leaves behind is therefore not
-complete and is passed over. Saved are weights and AdamW's moments and nothing else: learning rate,
-noise and data position are functions of the step. Sharded tensors reload on any number of ranks.
+then everything is flushed and the folder renamed; an old one is renamed before it is removed. A kill
+therefore leaves complete checkpoints and temporary names only. Saved are weights and AdamW's moments
+and nothing else: learning rate, noise and data position are functions of the step. Sharded tensors
+reload on any number of ranks.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, RunError
 from trainer.parallel import World
 
 FORMAT_VERSION = 1
 _META = "meta.json"
+_KEYS = (
+    "step",
+    "files",
+    "stage",
+    "stopped",
+    "config",
+    "fingerprint",
+    "plan_digest",
+    "transformer",
+    "schedule",
+)
+"""What a meta.json must say; the rest is for people."""
 _TEMPORARY = ".tmp-"
 
 
@@ -57,23 +73,62 @@ def newest(folder: Path) -> Saved | None:
 
 def all_complete(folder: Path) -> list[Saved]:
     """Complete checkpoints, oldest first."""
-    found = [saved for path in folder.glob("step-*") if (saved := read_checkpoint(path))]
-    return sorted(found, key=lambda saved: saved.step)
+    return [saved for path in _step_folders(folder) if isinstance(saved := examine(path), Saved)]
 
 
-def read_checkpoint(path: Path) -> Saved | None:
-    """The checkpoint in `path`, or None unless every file its meta.json lists has its full size."""
+def all_incomplete(folder: Path) -> dict[Path, str]:
+    """Folders named like a checkpoint and what each lacks, oldest first."""
+    return {path: lack for path in _step_folders(folder) if isinstance(lack := examine(path), str)}
+
+
+def examine(path: Path) -> Saved | str:
+    """The checkpoint in `path`, or what it lacks; RunError where another version wrote it."""
     try:
         meta = json.loads((path / _META).read_bytes())
-        sizes = {name: (path / name).stat().st_size for name in meta["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return Saved(path, meta) if sizes == meta["files"] else None
+    except (OSError, ValueError) as error:
+        return f"{_META} is missing" if isinstance(error, FileNotFoundError) else f"{_META} cannot be read"
+    if not isinstance(meta, dict) or not isinstance(files := meta.get("files"), dict):
+        return f"{_META} lists no files"
+    if (found := meta.get("format_version")) != FORMAT_VERSION:
+        raise RunError(
+            f"{path}: expected format_version {FORMAT_VERSION}, found {found!r}; resume it with the version "
+            "that wrote it, or give another --set output=FOLDER"
+        )
+    if missing := [key for key in _KEYS if key not in meta]:
+        return f"{_META} has no {', '.join(missing)}"
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if (found := file.stat().st_size) != size:
+            return f"{name} has {found} of {size} bytes"
+    return Saved(path, meta)
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold a run folder: one run at a time, since a save removes what it takes for leftovers."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"output = {str(output)!r}: expected a folder that can be written to: {error.strerror}"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another run is training into {output}; wait for it, or give another --set output=FOLDER"
+            ) from None
+        yield
 
 
 def find_checkpoint(path: Path) -> Saved:
     """From a checkpoint, a checkpoints folder or a run folder; ConfigError where none is complete."""
-    saved = read_checkpoint(path) or newest(path) or newest(checkpoints_folder(path))
+    here = examine(path)
+    saved = here if isinstance(here, Saved) else newest(path) or newest(checkpoints_folder(path))
     if saved is None:
         raise ConfigError(
             f"{path}: expected a checkpoint (step-N), or a run folder with one in "
@@ -92,34 +147,41 @@ def save(
     world: World,
     keep: int,
 ) -> Saved:
-    """Write `step-N/` with all ranks, then forget all but the newest `keep`."""
+    """Write `step-N/` with all ranks, then forget all but the newest `keep`.
+
+    RunError on every rank where it cannot be written, as on a full disk.
+    """
     folder = checkpoints_folder(output)
     final = folder / f"step-{step:06d}"
     temporary = folder / f"{_TEMPORARY}{final.name}"
-    if world.is_main:
-        _remove_leftovers(folder)
-        temporary.mkdir(parents=True)
+
+    def begin() -> None:
+        with _disk_errors(final):
+            _remove_leftovers(folder)
+            temporary.mkdir(parents=True)
+
+    def finish() -> Saved:
+        with _disk_errors(final):
+            files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+            record = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
+            _write_durably(temporary / _META, json.dumps(record, indent=1) + "\n")
+            _flush_folder(temporary)
+            if final.exists():  # an incomplete one of the same step, or it would have been resumed from
+                _remove(final)
+            temporary.rename(final)
+            _flush_folder(folder)
+            _write_durably(folder / f"{_TEMPORARY}latest", final.name + "\n")
+            (folder / f"{_TEMPORARY}latest").rename(folder / "latest")
+            for saved in all_complete(folder)[:-keep]:
+                _remove(saved.path)
+        return find_checkpoint(final)
+
+    world.on_main(begin)
+    state = {"model": model.state_dict(), "optim": optimizer_state(model, optimizer)}
+    with _disk_errors(final):
+        save_state(state, checkpoint_id=temporary)  # flushes each rank's file to disk before it returns
     world.barrier()
-    # Flushes each rank's file to disk before it returns.
-    save_state(
-        {"model": model.state_dict(), "optim": optimizer_state(model, optimizer)}, checkpoint_id=temporary
-    )
-    world.barrier()
-    if world.is_main:
-        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        record = {"format_version": FORMAT_VERSION, "step": step, **meta, "files": files}
-        _write_durably(temporary / _META, json.dumps(record, indent=1) + "\n")
-        _flush_folder(temporary)
-        if final.exists():  # an incomplete one of the same step, or it would have been resumed from
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _flush_folder(folder)
-        _write_durably(folder / f"{_TEMPORARY}latest", final.name + "\n")
-        (folder / f"{_TEMPORARY}latest").rename(folder / "latest")
-        for saved in all_complete(folder)[:-keep]:
-            shutil.rmtree(saved.path)
-    world.barrier()
-    return find_checkpoint(final)
+    return world.on_main(finish)
 
 
 def load_model(saved: Saved, model: nn.Module) -> None:
@@ -146,6 +208,29 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         for name, parameter in model.named_parameters()
         if parameter in optimizer.state
     }
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Everything named step-N, by N."""
+    numbers = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return sorted((path for path, n in numbers.items() if n.isdecimal()), key=lambda path: int(numbers[path]))
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        why = "; ".join(sorted({str(cause) for cause, _ in failures}))
+        raise RunError(
+            f"{path} cannot be saved: {why}; what is saved stays: make room, and run again to resume"
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    """Renamed first, so that a kill leaves no part of it under its own name."""
+    shutil.rmtree(path.rename(path.with_name(f"{_TEMPORARY}old-{path.name}")))
 
 
 def _remove_leftovers(folder: Path) -> None:

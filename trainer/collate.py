@@ -91,7 +91,8 @@ def collate(
     count = len(latents)
     if not count == len(prompts) == len(timesteps):
         raise ValueError(
-            f"expected as many of each, found {count} latents, {len(prompts)} prompts, {timesteps = }"
+            f"expected as many of each, found {count} latents, {len(prompts)} prompts, "
+            f"{len(timesteps)} timesteps"
         )
     patch, patch_t = config.patch_size, config.patch_size_t or 1
     grids = [(t // patch_t, h // patch, w // patch) for t, _, h, w in (x.shape for x in latents)]

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -38,6 +37,8 @@ class StepWeights:
 
     num_clips: int
     num_video_tokens: int
+    num_tokens: int
+    """Video and prompt tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,15 @@ class StagePlan:
 class Loader:
     """Packs of any step; `rank` and `world_size` count data-parallel ranks only. A context manager."""
 
-    def __init__(self, dataset: Path, *, config: TrainConfig, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, catalog: Catalog, *, config: TrainConfig, patch_t: int = 1, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """`patch_t`: latent frames per token of the model, 2 for CogVideoX 1.5."""
         _check_slots(config.data.slots, world_size)
-        self.catalog = Catalog(dataset)
-        self.card = self.catalog.card
+        self.catalog = catalog
+        self.card = catalog.card
         self._config, self._rank, self._world_size = config, rank, world_size
-        self._plans = {stage.name: _plan_stage(self.catalog, stage, config) for stage in config.stages}
+        self._plans = {stage.name: _plan_stage(catalog, stage, config, patch_t) for stage in config.stages}
         # Reading ahead crosses into the next epoch while this one's last steps are still asked about;
         # remembering the steps in flight keeps the plan from going back and forth over that line.
         self._step_plan = lru_cache(maxsize=config.data.prefetch + 4)(self._plan_step)
@@ -83,17 +87,15 @@ class Loader:
         """Clips and video tokens of `step` over the packs of all ranks."""
         stage, packs = self._step_plan(step)
         rows = [row for pack in packs for row in pack.rows]
-        return StepWeights(len(rows), int(self._plans[stage.name].video_tokens[rows].sum()))
+        plan = self._plans[stage.name]
+        return StepWeights(len(rows), int(plan.video_tokens[rows].sum()), int(plan.tokens[rows].sum()))
 
-    def plan_digest(self) -> str:
-        """Equal digests mean equal steps; for checkpoints, so that a changed dataset is noticed."""
+    def plan_digest(self, stage: str) -> str:
+        """Equal digests mean equal steps of a stage; in checkpoints, to notice a changed dataset."""
         data = self._config.data
-        stages = {
-            name: hashlib.sha256(stage.tokens.tobytes()).hexdigest() for name, stage in self._plans.items()
-        }
-        return digest_of(
-            [PLAN_VERSION, self.catalog.digest(), self._config.seed, data.budget_tokens, data.slots, stages]
-        )
+        lengths = hashlib.sha256(self._plans[stage].tokens.tobytes()).hexdigest()
+        key = [self.catalog.digest(), self._config.seed, data.budget_tokens, data.slots, stage, lengths]
+        return digest_of([PLAN_VERSION, *key])
 
     def describe(self) -> str:
         """A few lines for the log: what there is to train on, and what each stage makes of it."""
@@ -172,7 +174,7 @@ def _check_slots(slots: int, world_size: int) -> None:
         )
 
 
-def _plan_stage(catalog: Catalog, stage: StageConfig, config: TrainConfig) -> StagePlan:
+def _plan_stage(catalog: Catalog, stage: StageConfig, config: TrainConfig, patch_t: int) -> StagePlan:
     """Windows, token counts and plan of a stage; ConfigError where a sample does not fit a pack."""
     shapes = catalog.shapes
     latent_frames = shapes[:, 0]
@@ -181,7 +183,9 @@ def _plan_stage(catalog: Catalog, stage: StageConfig, config: TrainConfig) -> St
         latent_frames = prefix_frames(
             catalog.pts_s, catalog.pts_offsets, max_s=stage.max_s, temporal=temporal
         )
-    video_tokens = latent_frames * (shapes[:, 2] // PATCH) * (shapes[:, 3] // PATCH)
+    # A clip is filled up to whole patches in time, see fill_patches.
+    patches = -(-latent_frames // patch_t)
+    video_tokens = patches * (shapes[:, 2] // PATCH) * (shapes[:, 3] // PATCH)
     tokens = video_tokens + catalog.prompt_shapes[:, 0]
     budget = config.data.budget_tokens
     longest = int(tokens.argmax())

@@ -12,7 +12,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,8 +22,10 @@ import torch
 
 from schemas.config import StageConfig, TrainConfig
 from schemas.errors import RunError
+from schemas.load import resolved_toml
 from trainer import checkpoint
 from trainer.attention import Attention, choose_attention
+from trainer.catalog import Catalog
 from trainer.checkpoint import Saved
 from trainer.collate import collate, fill_patches, patchify
 from trainer.curriculum import lr_at, stage_at, total_steps
@@ -34,7 +36,7 @@ from trainer.objective import VObjective, clip_errors, clip_weights
 from trainer.optim import make_optimizer, set_lr, set_trainable
 from trainer.packing import Pack
 from trainer.parallel import World, clip_grad_norm, fill, shard
-from trainer.resume import resume_point, run_meta, saved_architecture
+from trainer.resume import already_finished, resume_notes, resume_point, run_meta, saved_architecture
 from trainer.weights import Architecture, architecture, data_shape, initial_values
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -60,10 +62,22 @@ class Run:
 def train(config: TrainConfig, *, world: World) -> None:
     """Train to the end of the last stage, or until a stop signal; the same call resumes."""
     output, total = Path(config.output), total_steps(config.stages)
-    with Loader(Path(config.dataset), config=config, rank=world.rank, world_size=world.size) as loader:
-        saved: Saved | None = world.from_main(resume_point(config, loader.card) if world.is_main else None)
+    catalog = Catalog(Path(config.dataset))
+    with ExitStack() as held:
+        saved = world.on_main(lambda: start(config, catalog, held))
+        if world.on_main(lambda: already_finished(config, saved)):
+            return
         step = saved.step if saved else 0
-        plan = saved_architecture(saved) if saved else architecture(config.model, data_shape(loader.catalog))
+        plan = saved_architecture(saved) if saved else architecture(config.model, data_shape(catalog))
+        loader = held.enter_context(
+            Loader(
+                catalog,
+                config=config,
+                patch_t=plan.config["patch_size_t"] or 1,
+                rank=world.rank,
+                world_size=world.size,
+            )
+        )
         attention = choose_attention(
             config.model.attention,
             device=world.device,
@@ -73,30 +87,49 @@ def train(config: TrainConfig, *, world: World) -> None:
         )
         world.say(loader.describe())
         world.say(f"attention {attention.name}: {attention.reason}")
+        if catalog.card.settings.text_encoder.padding == "trim":
+            world.say(
+                "text_encoder.padding of the dataset is 'trim': this model will not take prompts padded as "
+                "the stock pipeline pads them"
+            )
         if saved:
-            world.say(f"resuming after step {step} from {saved.path}")
-            if saved.meta["plan_digest"] != loader.plan_digest():
-                world.say("the samples or the stages have changed since: their order is a new one from here")
-        recorder = Metrics(output, first_step=step, total_steps=total) if world.is_main else nullcontext()
-        with recorder as metrics, stop_signals() as received:
-            objective = VObjective(plan.schedule)
-            run = Run(config, world, loader, plan, attention, objective, metrics, received)
-            while step < total:
-                saved = train_stage(run, step, saved)
-                step = saved.step
-                if saved.meta["stopped"]:
-                    break
+            digest = loader.plan_digest(saved.meta["stage"])
+            world.say("\n".join(resume_notes(config, saved, plan_digest=digest)))
+        metrics = None
+        if world.is_main:
+            recorder = Metrics(output, first_step=step, total_steps=total, normalize=config.loss.normalize)
+            metrics = held.enter_context(recorder)
+        received = held.enter_context(stop_signals())
+        run = Run(config, world, loader, plan, attention, VObjective(plan.schedule), metrics, received)
+        while step < total:
+            saved = train_stage(run, step, saved)
+            step = saved.step
+            if saved.meta["stopped"]:
+                break
     if step < total and saved:
         world.say(f"stopped by a signal: {saved.path} is whole; requeue me, the same command resumes")
     elif saved:
         world.say(f"finished: {step} steps; weights in {saved.path}, loss curve in {output / 'loss.png'}")
 
 
+def start(config: TrainConfig, catalog: Catalog, held: ExitStack) -> Saved | None:
+    """Hold the output; where to go on. The config goes beside what it makes once it is accepted."""
+    output = Path(config.output)
+    held.enter_context(checkpoint.locked(output))
+    saved = resume_point(config, catalog.card)
+    if saved is None or saved.step < total_steps(config.stages):
+        try:
+            (output / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{output / 'config.toml'} cannot be written: {error.strerror}") from error
+    return saved
+
+
 def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
     """From global `step` to the end of its stage, or to a stop signal; returns the checkpoint of its end."""
     config, world = run.config, run.world
     stage, done = stage_at(step, config.stages)
-    meta = run_meta(config, loader=run.loader, architecture=run.plan, world=world)
+    meta = run_meta(config, stage, loader=run.loader, architecture=run.plan, world=world)
     model, optimizer = build(run, stage, saved)
     durations: deque[float] = deque(maxlen=20)
     for step_in_stage in range(done, stage.steps):
@@ -131,8 +164,7 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
         step += 1
 
         # The one collective of a step's end: what is logged, and whether any rank was told to stop.
-        local_tokens = sum(pack.num_tokens for pack in packs)
-        loss, tokens, told = world.sum([loss, local_tokens, len(run.received)])
+        loss, told = world.sum([loss, len(run.received)])
         durations.append(time.perf_counter() - started)
         if run.metrics:
             record = StepRecord(
@@ -141,9 +173,9 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
                 loss=loss,
                 grad_norm=norm,
                 lr=lr,
-                tokens=int(tokens),
-                tokens_per_s=tokens / durations[-1],
-                fill=tokens / (config.data.slots * config.data.budget_tokens),
+                tokens=sizes.num_tokens,
+                tokens_per_s=sizes.num_tokens / durations[-1],
+                fill=sizes.num_tokens / (config.data.slots * config.data.budget_tokens),
                 data_wait=waited / durations[-1],
                 seconds=durations[-1],
                 eta_s=(total_steps(config.stages) - step) * sum(durations) / len(durations),
@@ -158,7 +190,7 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
                 step=step,
                 model=model,
                 optimizer=optimizer,
-                meta={"stage": stage.name, "stopped": told > 0, **meta},
+                meta={"stopped": told > 0, **meta},
                 world=world,
                 keep=config.checkpoint.keep,
             )
@@ -207,7 +239,7 @@ def forward(
     inputs = collate(noisy, prompts, timesteps, config=layout).to(device)
     errors = clip_errors(model(inputs), torch.cat(targets).to(device), lengths=inputs.video_lengths)
     weights = clip_weights(
-        [segment.num_video_tokens for segment in pack.segments],
+        inputs.video_lengths,
         normalize=run.config.loss.normalize,
         step_clips=sizes.num_clips,
         step_tokens=sizes.num_video_tokens,

@@ -9,10 +9,14 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
+
+Normalize = Literal["per_clip", "per_token"]
+_NEEDED = {"step", "stage", "loss"}
 
 COLUMNS = (
     f"{'step':>13}  {'stage':<10} {'loss':>8} {'grad':>8} {'lr':>8} "
@@ -45,12 +49,15 @@ class StepRecord:
 class Metrics:
     """Appends to `<output>/metrics.jsonl`; what lies beyond `first_step` is cut, it will be trained again."""
 
-    def __init__(self, output: Path, *, first_step: int, total_steps: int) -> None:
+    def __init__(self, output: Path, *, first_step: int, total_steps: int, normalize: Normalize) -> None:
         self._output = output
         self._total = total_steps
+        self._normalize = normalize
         self._path = output / "metrics.jsonl"
         kept = [record for record in read_records(self._path) if record["step"] <= first_step]
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        temporary = output / ".tmp-metrics.jsonl"
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        temporary.rename(self._path)  # a kill keeps the old file or the new one
         self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._printed = float("-inf")
 
@@ -71,25 +78,35 @@ class Metrics:
     ) -> None:
         self._file.close()
         if kind is None and (records := read_records(self._path)):
-            plot_loss(records, self._output / "loss.png")
+            plot_loss(records, self._output / "loss.png", normalize=self._normalize)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The records of a metrics.jsonl; lines that a kill or a full disk has damaged are left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and record.keys() >= _NEEDED]
 
 
-def plot_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
+def draw_missing(output: Path, *, normalize: Normalize) -> None:
+    """Draw loss.png of a run that was killed before it could."""
+    if not (path := output / "loss.png").exists() and (records := read_records(output / "metrics.jsonl")):
+        plot_loss(records, path, normalize=normalize)
+
+
+def plot_loss(records: Sequence[dict[str, Any]], path: Path, *, normalize: Normalize) -> None:
     """A PNG: every step's loss, faint, under a running mean."""
     from matplotlib.figure import Figure  # here, so that training itself needs no plotting library
 
     steps = [record["step"] for record in records]
     losses = [record["loss"] for record in records]
     window = max(1, len(steps) // 5)
-    means = [_mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
+    sums = [0.0, *itertools.accumulate(losses)]
+    means = [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, ".", color="tab:blue", alpha=0.3, label="each step")
@@ -100,7 +117,8 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path) -> None:
             axes.annotate(
                 f" {record['stage']}", (record["step"], 1), xycoords=("data", "axes fraction"), va="top"
             )
-    axes.set(title="Training loss", xlabel="optimizer step", ylabel="squared error of v, mean over clips")
+    over = "clips" if normalize == "per_clip" else "tokens"
+    axes.set(title="Training loss", xlabel="optimizer step", ylabel=f"squared error of v, mean over {over}")
     axes.set_ylim(0, 1.1 * max(losses))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
@@ -115,7 +133,3 @@ def _line(record: StepRecord, total: int) -> str:
         f"{record.lr:8.1e} {record.tokens_per_s:9,.0f} {record.fill:6.1%} {record.data_wait:6.1%} "
         f"{minutes:5d}:{seconds:02d}"
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

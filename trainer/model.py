@@ -54,7 +54,10 @@ class PackedCogVideoX(CogVideoXTransformer3DModel):
     def build(cls, config: Mapping[str, Any], *, attention: AttentionFunction) -> PackedCogVideoX:
         """A model of a diffusers config; ConfigError where packing does not cover a feature of it."""
         check_supported(config)
-        model: PackedCogVideoX = cls(**config)
+        try:
+            model: PackedCogVideoX = cls(**config)
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"the model's config cannot be built: {error}") from error
         for block in model.transformer_blocks:
             block.__class__ = PackedBlock
         model.attention = attention

@@ -63,17 +63,32 @@ _FIXED = {
 
 def read_schedule(path: Path) -> Schedule:
     """The schedule of a diffusers `scheduler_config.json`; ConfigError where the objective differs."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds no JSON object")
     wrong = [
-        f"{name} = {config[name]!r}, expected {_FIXED[name]!r}"
+        f"{name} = {config.get(name)!r}, expected {_FIXED[name]!r}"
         for name in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr")
         if config.get(name) != _FIXED[name]
+    ]
+    defaults = asdict(Schedule())
+    wrong += [
+        f"{name} = {config[name]!r}, expected a positive {type(default).__name__}"
+        for name, default in defaults.items()
+        if name in config and not _positive(config[name], whole=isinstance(default, int))
     ]
     if wrong:
         raise ConfigError(
             f"{path}: this schedule cannot be trained with loss.objective = 'v': {'; '.join(wrong)}"
         )
-    return Schedule(**{name: config[name] for name in asdict(Schedule()) if name in config})
+    return Schedule(**{name: config[name] for name in defaults if name in config})
+
+
+def _positive(value: Any, *, whole: bool) -> bool:
+    return type(value) in ((int,) if whole else (int, float)) and value > 0
 
 
 class VObjective:

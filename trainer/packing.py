@@ -18,8 +18,6 @@ from typing import NamedTuple
 
 import torch
 
-from schemas.bucket import video_tokens
-
 OPEN_BINS = 64
 """More (256) gains nothing measurable where the budget is twice the longest clip."""
 
@@ -91,15 +89,6 @@ class Segment:
                     f"found {tensor.dtype} {tuple(tensor.shape)}"
                 )
 
-    @property
-    def num_video_tokens(self) -> int:
-        return video_tokens(self.latents.shape)
-
-    @property
-    def num_tokens(self) -> int:
-        """Video and prompt tokens."""
-        return self.num_video_tokens + self.prompt_embeds.shape[0]
-
     def __repr__(self) -> str:
         latents, prompt = tuple(self.latents.shape), tuple(self.prompt_embeds.shape)
         return f"Segment({self.sample_id}, latents={latents}, prompt_embeds={prompt})"
@@ -120,14 +109,5 @@ class Pack:
                 f"found {channels = }, {widths = } in {len(self.segments)} segments"
             )
 
-    @property
-    def num_video_tokens(self) -> int:
-        return sum(segment.num_video_tokens for segment in self.segments)
-
-    @property
-    def num_tokens(self) -> int:
-        """Video and prompt tokens of all segments."""
-        return sum(segment.num_tokens for segment in self.segments)
-
     def __repr__(self) -> str:
-        return f"Pack({self.num_tokens} tokens: {', '.join(map(repr, self.segments))})"
+        return f"Pack({', '.join(map(repr, self.segments))})"

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,8 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from schemas.config import MeshConfig, PrecisionConfig
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, LatentpressError
 
+T = TypeVar("T")
 Slices = tuple[slice, ...]
 ReadSlice = Callable[[str, Slices], torch.Tensor]
 """Parameter name and slices of its full tensor -> those values."""
@@ -46,8 +47,15 @@ class Member:
     @classmethod
     def from_environment(cls) -> Member:
         """As torchrun, or a Slurm script in its manner, sets RANK, WORLD_SIZE and LOCAL_RANK."""
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return cls(rank=rank, local_rank=int(os.environ.get("LOCAL_RANK", "0")), size=size, store=None)
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        values = {"LOCAL_RANK": "0", **{name: os.environ[name] for name in names if name in os.environ}}
+        if wrong := [name for name in names if not values.get(name, "").isdecimal()]:
+            raise ConfigError(
+                f"RANK is set, so this is one rank of a launcher: expected a number in {', '.join(wrong)}, "
+                "as torchrun sets them; unset RANK to train here"
+            )
+        rank, size, local = (int(values[name]) for name in names)
+        return cls(rank=rank, local_rank=local, size=size, store=None)
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,18 @@ class World:
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        box = [value]
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0; its result, or its error, on every rank, so that none waits for it."""
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = function()
+            except LatentpressError as error:
+                box[1] = error
         dist.broadcast_object_list(box, src=0)
-        return box[0]
+        if box[1] is not None:
+            raise box[1]
+        return cast(T, box[0])
 
     def gather(self, values: list[str]) -> list[str]:
         """The values of all ranks, rank after rank, the same on each."""

@@ -2,8 +2,8 @@
 
 No container is parsed and nothing is unpickled: a tensor is one read into a buffer that is used over
 and over, and a window of the first latent frames is a shorter read, since payloads are time-major.
-Checksums cover whole payloads, so each is checked when first read whole; NaN and Inf are looked for
-every time. One thread at a time.
+Checksums cover whole payloads, so a sample's first visit reads all of it, once a run; NaN and Inf are
+looked for every time. One thread at a time.
 
 T latent frames, C channels, H, W latent pixels, S prompt tokens, D prompt width.
 """
@@ -73,7 +73,9 @@ class SampleReader:
         """The first `length` entries along dim 0 as stored; valid until `name` is read again."""
         places = self._catalog.places[name]
         whole, *rest = places.shape[row].tolist()
-        nbytes = length * prod(rest) * DTYPES[places.dtype].itemsize
+        verified = bool(self._verified[name][row])
+        window = length * prod(rest) * DTYPES[places.dtype].itemsize
+        nbytes = window if verified else window // length * whole
         if name not in self._buffers or len(self._buffers[name]) < nbytes:
             self._buffers[name] = torch.empty(nbytes, dtype=torch.uint8)
         data = self._buffers[name][:nbytes]
@@ -84,12 +86,12 @@ class SampleReader:
             raise self._damaged(name, row, f"cannot be read: {error.strerror}") from error
         if got != nbytes:
             raise self._damaged(name, row, f"ends after {got} of {nbytes} bytes")
-        if length == whole and not self._verified[name][row]:
+        if not verified:
             expected, found = places.checksum[row].as_py(), checksum(view)
             if found != expected:
                 raise self._damaged(name, row, f"has {found}, the index says {expected}")
             self._verified[name][row] = True
-        return data.view(_TORCH[places.dtype]).view(length, *rest)
+        return data[:window].view(_TORCH[places.dtype]).view(length, *rest)
 
     def _fill(self, view: memoryview, shard: str, offset: int) -> int:
         """Read until `view` is full or the file ends; a single read may stop early."""

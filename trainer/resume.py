@@ -1,12 +1,13 @@
 """What a checkpoint says about its run, and whether this run may continue it.
 
-A resumed run must be the run it continues: another dataset, model or order of samples is refused field
-by field. Learning rate, stages to come, mesh and intervals may change.
+A resumed run must be the run it continues: another dataset, model, objective, order of samples or past
+is refused field by field. Learning rate, stages to come, mesh and intervals may change, and are named.
 """
 
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,29 @@ import diffusers
 import torch
 
 from schemas.card import Card
-from schemas.config import TrainConfig
-from schemas.errors import ConfigError, StaleDatasetError
+from schemas.config import StageConfig, TrainConfig
+from schemas.errors import ConfigError, RunError, StaleDatasetError
 from schemas.load import config_digest
-from trainer.checkpoint import Saved, checkpoints_folder, newest
+from trainer.checkpoint import Saved, all_incomplete, checkpoints_folder, newest
+from trainer.curriculum import total_steps
 from trainer.loader import Loader
+from trainer.metrics import draw_missing
 from trainer.objective import Schedule
 from trainer.parallel import World
 from trainer.weights import Architecture
 
 
 def run_meta(
-    config: TrainConfig, *, loader: Loader, architecture: Architecture, world: World
+    config: TrainConfig, stage: StageConfig, *, loader: Loader, architecture: Architecture, world: World
 ) -> dict[str, Any]:
-    """The part of meta.json that is the same for all checkpoints of a run."""
+    """The part of meta.json that is the same for all checkpoints of a stage."""
     return {
+        "stage": stage.name,
         "config": config.model_dump(mode="json"),
         "config_digest": config_digest(config),
         "fingerprint": loader.card.fingerprint,
         "scaling": loader.card.scaling.model_dump(mode="json"),
-        "plan_digest": loader.plan_digest(),
+        "plan_digest": loader.plan_digest(stage.name),
         "transformer": architecture.config,
         "schedule": asdict(architecture.schedule),
         "mesh": dict(zip(world.mesh.mesh_dim_names or (), world.mesh.shape, strict=True)),
@@ -52,9 +56,19 @@ def saved_architecture(saved: Saved) -> Architecture:
 
 
 def resume_point(config: TrainConfig, card: Card) -> Saved | None:
-    """The newest complete checkpoint of the run; an error naming what differs where it is another run's."""
-    saved = newest(checkpoints_folder(Path(config.output)))
+    """The newest complete checkpoint of the run; an error naming what differs where it is another run's.
+
+    RunError where there are checkpoints but none is complete: starting anew would remove them.
+    """
+    folder = checkpoints_folder(Path(config.output))
+    saved = newest(folder)
     if saved is None:
+        if broken := all_incomplete(folder):
+            lacks = "; ".join(f"{path.name}: {lack}" for path, lack in broken.items())
+            raise RunError(
+                f"no checkpoint in {folder} is complete ({lacks}); restore what is missing, or remove the "
+                "folders to start anew"
+            )
         return None
     if saved.meta["fingerprint"] != card.fingerprint:
         raise StaleDatasetError(
@@ -62,29 +76,82 @@ def resume_point(config: TrainConfig, card: Card) -> Saved | None:
             f"{config.dataset} has {card.fingerprint[:12]}; give another --set output=FOLDER",
             {"fingerprint": (saved.meta["fingerprint"], card.fingerprint)},
         )
-    stage = saved.meta["stage"]
-    before = _identity(saved.meta["config"], stage)
-    now = _identity(config.model_dump(mode="json"), stage)
-    differences = [
-        f"{name}: checkpoint {before.get(name)!r}, config {value!r}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if differences:
+    fixed, _ = _changes(config, saved)
+    if fixed:
         raise ConfigError(
-            f"{saved.path} belongs to a run with other settings: {'; '.join(differences)}; "
-            "set these back, or give another --set output=FOLDER"
+            f"{saved.path} belongs to a run with other settings: "
+            + "; ".join(f"{name}: checkpoint {old!r}, config {new!r}" for name, (old, new) in fixed.items())
+            + "; set these back, or give another --set output=FOLDER"
         )
     return saved
 
 
-def _identity(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    """What makes a run that run: its model, what `stage` trains of it, what fixes the order of samples."""
-    chosen = {f"model.{key}": value for key, value in config["model"].items() if key != "attention"}
-    chosen |= {f"data.{key}": config["data"][key] for key in ("budget_tokens", "slots")}
-    chosen |= {
-        f"stages.{i}.trainable": one["trainable"]
-        for i, one in enumerate(config["stages"])
-        if one["name"] == stage
-    }
-    return chosen | {"seed": config["seed"], "loss.objective": config["loss"]["objective"]}
+def resume_notes(config: TrainConfig, saved: Saved, *, plan_digest: str) -> list[str]:
+    """Lines on what is not as it was; `plan_digest` is that of the checkpoint's stage now."""
+    lines = [f"resuming after step {saved.step} from {saved.path}"]
+    for path, lack in all_incomplete(saved.path.parent).items():
+        if int(path.name.removeprefix("step-")) > saved.step:
+            lines.append(f"passed over {path}, which is newer but not complete: {lack}")
+    lines += [f"{name}: {old!r} -> {new!r}" for name, (old, new) in _changes(config, saved)[1].items()]
+    if saved.meta["plan_digest"] != plan_digest:
+        lines.append(
+            f"the samples of stage {saved.meta['stage']}, or how much of them it uses, have changed since: "
+            "their order is a new one from here"
+        )
+    return lines
+
+
+def already_finished(config: TrainConfig, saved: Saved | None) -> bool:
+    """Whether nothing is left to do; says so, and draws the loss curve if a kill came before it."""
+    if saved is None or saved.step < total_steps(config.stages):
+        return False
+    draw_missing(Path(config.output), normalize=config.loss.normalize)
+    print(f"nothing to do: {saved.path} has all {saved.step} steps; raise stages.<n>.steps to train longer")
+    return True
+
+
+Changes = dict[str, tuple[Any, Any]]
+"""Dotted field -> (checkpoint, config)."""
+
+
+def _changes(config: TrainConfig, saved: Saved) -> tuple[Changes, Changes]:
+    """(changes that make it another run, changes it may go on with).
+
+    The checkpoint knows only its global step, so stages that are over must stay as they were; the one
+    it was saved in may become longer or shorter, but not end before the saved step. Later ones are free.
+    """
+    stages = saved.meta["config"]["stages"]
+    current = [stage["name"] for stage in stages].index(saved.meta["stage"])
+    done = saved.step - sum(stage["steps"] for stage in stages[:current])
+    before, now = _flat(saved.meta["config"]), _flat(config.model_dump(mode="json"))
+    over = "".join(f"|stages.{i}.({_STAGE}|steps|max_s)" for i in range(current))
+    fixed = re.compile(f"{_RUN}|stages.{current}.({_STAGE}){over}")
+    free = re.compile(f"{_FREE}|stages.{current}.*")
+    steps = f"stages.{current}.steps"
+    refused: Changes = {}
+    noted: Changes = {}
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if fixed.fullmatch(name) or (name == steps and (new is None or new < done)):
+            refused[name] = old, new
+        elif free.fullmatch(name):
+            noted[name] = old, new
+    return refused, noted
+
+
+_RUN = r"seed|model\.(?!attention$).*|data\.(budget_tokens|slots)|loss\..*"
+"""What makes a run that run: its model, its objective, what fixes the order of samples."""
+_STAGE = "name|window|trainable"
+_FREE = r"model\.attention|(mesh|precision|optim|checkpoint)\..*"
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Dotted field -> value of a config's tree; stages are counted, other lists are values."""
+    if name == "stages":
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = (_flat(part, f"{name}.{key}" if name else str(key)) for key, part in value.items())
+    return {key: leaf for part in parts for key, leaf in part.items()}

@@ -14,12 +14,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from schemas.bucket import PATCH
@@ -52,6 +52,8 @@ class DataShape:
     """Pixel frames per latent frame."""
     prompt: tuple[int, int]
     """S of the longest prompt, and D."""
+    padding: Literal["full", "trim"]
+    """Whether prompts kept their pad rows."""
 
 
 def data_shape(catalog: Catalog) -> DataShape:
@@ -62,6 +64,7 @@ def data_shape(catalog: Catalog) -> DataShape:
         latents=(frames, channels, height, width),
         temporal=catalog.card.geometry.temporal,
         prompt=(tokens, embed_width),
+        padding=catalog.card.settings.text_encoder.padding,
     )
 
 
@@ -124,7 +127,21 @@ def _complete(config: Mapping[str, Any]) -> dict[str, Any]:
             f"model.init: config.json has keys that CogVideoXTransformer3DModel of diffusers "
             f"{diffusers.__version__} does not know: {', '.join(unknown)}"
         )
+    wrong = [
+        f"{name} = {value!r}, expected one like {defaults[name]!r}"
+        for name, value in given.items()
+        if not _like(value, defaults[name])
+    ]
+    if wrong:
+        raise ConfigError(f"model.init: config.json has values of other types: {'; '.join(wrong)}")
     return defaults | given
+
+
+def _like(value: Any, default: Any) -> bool:
+    """Whether a config's value has the type of diffusers' default; None stands for an optional integer."""
+    if default is None:
+        return value is None or type(value) is int
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
 
 
 def _random_value(name: str, shape: tuple[int, ...], *, seed: int) -> torch.Tensor:
@@ -157,6 +174,12 @@ def _check_fits(config: Mapping[str, Any], data: DataShape, folder: Path) -> Non
         ("in_channels", config["in_channels"], channels, "latent channels"),
         ("text_embed_dim", config["text_embed_dim"], width, "prompt width"),
         ("patch_size", config["patch_size"], PATCH, "patch the dataset's tokens are counted with"),
+        (
+            "temporal_compression_ratio",
+            config["temporal_compression_ratio"],
+            data.temporal,
+            "pixel frames per latent frame",
+        ),
     ]
     wrong = [
         f"{name} = {found}, the dataset has {want} ({what})"
@@ -165,18 +188,26 @@ def _check_fits(config: Mapping[str, Any], data: DataShape, folder: Path) -> Non
     ]
     if tokens > (limit := config["max_text_seq_length"]):
         wrong.append(f"max_text_seq_length = {limit}, the dataset's longest prompt has {tokens} tokens")
+    if data.padding == "trim":
+        wrong.append(
+            "the dataset has text_encoder.padding = 'trim', and these weights know prompts with their pad "
+            "rows, which no mask hides; preprocess with text_encoder.padding = 'full'"
+        )
     if wrong:
         raise ConfigError(f"model.init = {str(folder)!r} does not fit the dataset: {'; '.join(wrong)}")
 
 
 def _folder_values(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> ReadSlice:
     index = folder / f"{WEIGHTS_NAME}.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS_NAME]
+    names = _indexed(index) if index.is_file() else [WEIGHTS_NAME]
     files: dict[str, Any] = {}
     for path in (folder / name for name in names):
         if not path.is_file():
             raise ConfigError(f"model.init: {path} does not exist")
-        handle = safe_open(path, framework="pt")
+        try:
+            handle = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"model.init: {path} cannot be read: {error}; fetch it again") from error
         files |= dict.fromkeys(handle.keys(), handle)
     problems = [f"{name} is missing" for name in shapes.keys() - files.keys()]
     problems += [f"{name} is unknown to this architecture" for name in files.keys() - shapes.keys()]
@@ -195,6 +226,14 @@ def _folder_values(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> ReadS
         return values
 
     return read
+
+
+def _indexed(index: Path) -> list[str]:
+    """Names of the weight files of an index."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ConfigError(f"model.init: {index} has no weight_map of file names")
+    return sorted(set(names.values()))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -154,6 +154,23 @@ def test_usage_and_config_errors_are_exit_code_2(
     assert "Traceback" not in result.err
 
 
+def test_validate_and_plan_know_frame_rules_and_short_clips(run: Any, folder: Path, tmp_path: Path) -> None:
+    manifest, config = tmp_path / "manifest.jsonl", folder / "config.toml"
+    rows = [{"video": str(folder / name), "caption": name} for name in ("a.mp4", "c.mp4")]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("validate", manifest, "--set", "units.rows=2").code == 2
+    wrong = run("validate", manifest, "-c", config, "--set", "buckets.0.num_frames=10")
+    assert (wrong.code, "nearest are 9 and 13" in wrong.err) == (2, True)
+    for short in ("drop", "error"):
+        refused = run("validate", manifest, "-c", config, "--set", f"frames.short={short}", "--json")
+        (problem,) = json.loads(refused.out)["problems"]
+        assert (problem["row"], problem["reason"]) == (2, "too_short")
+        changes = (f"manifest={manifest}", f"output={tmp_path / 'out'}", f"frames.short={short}")
+        planned = run("plan", config, *(word for change in changes for word in ("--set", change)), "--json")
+        assert [drop["reason"] for drop in json.loads(planned.out)["dropped"]] == ["too_short"]
+        assert json.loads(planned.out)["clips"] == 1
+
+
 def test_what_is_no_dataset_is_said_in_one_line(run: Any, tmp_path: Path) -> None:
     for command in ("verify", "inspect"):
         result = run(command, tmp_path)

@@ -94,8 +94,13 @@ def test_one_rank_trains_here_resumes_finishes_and_exports(
     assert export_model(tmp_path / "run", tmp_path / "out") == 0
     assert "(step 5)" in capsys.readouterr().out
     assert (tmp_path / "out" / "config.json").is_file()
+    before = (tmp_path / "run" / "config.toml").read_bytes()
     with pytest.raises(ConfigError, match="seed: checkpoint 0, config 7"):
         train(path, overrides=[output, "seed=7"])
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+    (tmp_path / "run" / "loss.png").unlink()
+    assert train(path, overrides=[output, "stages.0.steps=5"]) == 0
+    assert (tmp_path / "run" / "loss.png").is_file()
 
 
 def test_a_failing_rank_is_one_error(folder: Path, tmp_path: Path) -> None:
@@ -103,6 +108,36 @@ def test_a_failing_rank_is_one_error(folder: Path, tmp_path: Path) -> None:
         ConfigError, match=r"data\.slots = 3: expected a multiple of the 2 data-parallel ranks"
     ):
         train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run", "data.slots=3"], nproc=2)
+
+
+def told_to_stop(*args: object) -> None:
+    """A rank that is still importing when its launcher is told to stop."""
+    time.sleep(1)
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_a_stop_before_the_first_step_is_no_failure(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.train._rank", told_to_stop)
+    assert train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run"], nproc=2) == 0
+    assert "stopped before the first step" in capsys.readouterr().out
+
+
+def test_a_rank_without_a_world_is_a_config_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="expected a number in WORLD_SIZE"):
+        train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run"])
+
+
+@pytest.mark.parametrize("change", ["optim.betas=[0.9, 1.0]", "model.attention_head_dim=24"])
+def test_values_torch_would_refuse_are_config_errors(folder: Path, change: str) -> None:
+    with pytest.raises(ConfigError, match=change.split("=")[0]):
+        train(config_file(folder, steps=3), overrides=[change])
 
 
 @pytest.mark.slow

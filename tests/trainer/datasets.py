@@ -67,16 +67,17 @@ def write_dataset(
     dtype: Dtype = "float32",
     scaling: Scaling | None = None,
     rows_per_unit: int = 3,
+    padding: Literal["full", "trim"] = "full",
 ) -> Path:
     """One sample per entry of `shapes`, in shards of `rows_per_unit`; its `source` is its number."""
     root.mkdir(parents=True)
     dataset = Dataset(root)
     config = PreprocessConfig(
-        manifest="",
+        manifest="rows.jsonl",
         output=str(root),
         buckets=tuple(BucketConfig(num_frames=f, height=h, width=w) for f, h, w in sorted(set(shapes))),
         video_encoder=VideoEncoderConfig(store=store, dtype=dtype),
-        text_encoder=TextEncoderConfig(padding="trim"),
+        text_encoder=TextEncoderConfig(padding=padding),
     )
     card = make_card(
         config,

@@ -27,12 +27,13 @@ from trainer.optim import make_optimizer
 from trainer.parallel import World, fill
 from trainer.weights import WEIGHTS_NAME, DataShape, architecture, initial_values
 
-DATA = DataShape(latents=(3, 4, 12, 16), temporal=4, prompt=(7, 12))
+DATA = DataShape(latents=(3, 4, 12, 16), temporal=4, prompt=(7, 12), padding="full")
 
 
 def save_untrained(world: World, output: str) -> None:
     model = sharded_model(world)
-    meta = {"transformer": CONFIGS["5b"], "schedule": vars(Schedule(snr_shift_scale=3.0))}
+    rest = dict.fromkeys(("stage", "stopped", "config", "fingerprint", "plan_digest"), "")
+    meta = {**rest, "transformer": CONFIGS["5b"], "schedule": vars(Schedule(snr_shift_scale=3.0))}
     checkpoint.save(
         Path(output),
         step=0,
@@ -71,6 +72,8 @@ def test_stock_diffusers_opens_the_export_strictly_with_equal_values(exported: P
 def test_export_overwrites_nothing(exported: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty"):
         export(find_checkpoint(exported.parent), exported)
+    with pytest.raises(ConfigError, match="is a file"):
+        export(find_checkpoint(exported.parent), exported / "config.json")
 
 
 def read_folder(world: World, init: str) -> tuple[dict[str, object], Schedule, Values]:
@@ -126,9 +129,11 @@ def test_weights_that_are_not_what_the_config_says_are_refused(exported: Path, t
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (DataShape((3, 16, 12, 16), 4, (7, 12)), "in_channels = 4, the dataset has 16"),
-        (DataShape((3, 4, 12, 16), 4, (7, 64)), "text_embed_dim = 12, the dataset has 64"),
-        (DataShape((3, 4, 12, 16), 4, (226, 12)), "longest prompt has 226 tokens"),
+        (DataShape((3, 16, 12, 16), 4, (7, 12), "full"), "in_channels = 4, the dataset has 16"),
+        (DataShape((3, 4, 12, 16), 4, (7, 64), "full"), "text_embed_dim = 12, the dataset has 64"),
+        (DataShape((3, 4, 12, 16), 4, (226, 12), "full"), "longest prompt has 226 tokens"),
+        (DataShape((3, 4, 12, 16), 8, (7, 12), "full"), "temporal_compression_ratio = 4, the dataset has 8"),
+        (DataShape((3, 4, 12, 16), 4, (7, 12), "trim"), "text_encoder.padding = 'trim'"),
     ],
 )
 def test_a_folder_that_does_not_fit_the_dataset_is_refused(
@@ -144,6 +149,31 @@ def test_a_config_of_another_kind_of_model_is_refused(exported: Path, tmp_path: 
     (folder / "config.json").write_text(json.dumps(config | {"lora_rank": 4}))
     with pytest.raises(ConfigError, match="does not know: lora_rank"):
         architecture(ModelConfig(init=str(folder)), DATA)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", "[]", "holds no JSON object"),
+        ("config.json", '{"in_channels": "16"}', "in_channels = '16', expected one like 16"),
+        (f"{WEIGHTS_NAME}.index.json", '{"weight_map": 3}', "no weight_map"),
+        (WEIGHTS_NAME, "cut short", "cannot be read.*fetch it again"),
+        ("scheduler/scheduler_config.json", "{", "cannot be read"),
+        ("scheduler/scheduler_config.json", "{}", "beta_schedule = None, expected 'scaled_linear'"),
+    ],
+)
+def test_a_damaged_folder_is_named(
+    exported: Path, tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "copy"))
+    (folder / name).write_text(text)
+
+    def start() -> None:
+        architecture(ModelConfig(init=str(folder)), DATA)
+        initial_values(str(folder), packed_model("5b"), seed=0)
+
+    with pytest.raises(ConfigError, match=message):
+        start()
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from schemas.bucket import video_tokens
 from schemas.codec import Tensor, as_float32, checksum
 from schemas.config import DataConfig, LrConfig, StageConfig, TrainConfig
 from schemas.errors import ConfigError, DatasetError
 from schemas.scaling import Scaling, scale
 from tests.trainer.datasets import PROMPT_WIDTH, SHAPES, Shape, clip_tensors, prompt_tensors, write_dataset
+from trainer.catalog import Catalog
 from trainer.loader import Loader
 from trainer.order import keyed_order
 from trainer.packing import Pack, Segment
@@ -34,8 +36,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_config(*stages: StageConfig, seed: int = 0, **data: int) -> TrainConfig:
     return TrainConfig(
-        dataset="",
-        output="",
+        dataset="set",
+        output="run",
         seed=seed,
         data=DataConfig(**{"budget_tokens": BUDGET, **data}),
         stages=stages or (stage(),),
@@ -50,6 +52,11 @@ def numbers(dataset: Path) -> dict[str, int]:
     """sample_id -> clip number."""
     table = pq.read_table(dataset / "index.parquet", columns=["sample_id", "source"])
     return dict(zip(table["sample_id"].to_pylist(), map(int, table["source"].to_pylist()), strict=True))
+
+
+def num_tokens(pack: Pack) -> int:
+    """Video and prompt tokens of a patch_t of 1."""
+    return sum(video_tokens(s.latents.shape) + len(s.prompt_embeds) for s in pack.segments)
 
 
 def all_segments(loader: Loader, steps: int) -> list[Segment]:
@@ -75,7 +82,7 @@ def test_what_was_written_comes_back_scaled(tmp_path: Path, dtype: Any, scaling:
     dataset = write_dataset(tmp_path / "latents", store="mean", dtype=dtype, scaling=scaling)
     clips = numbers(dataset)
     seen = set()
-    with Loader(dataset, config=train_config()) as loader:
+    with Loader(Catalog(dataset), config=train_config()) as loader:
         for segment in all_segments(loader, steps=8):
             number = clips[segment.sample_id]
             stored = as_float32(clip_tensors(number, SHAPES[number], store="mean", dtype=dtype)["latents"])
@@ -87,7 +94,7 @@ def test_what_was_written_comes_back_scaled(tmp_path: Path, dtype: Any, scaling:
 
 def test_moments_are_sampled_anew_on_every_visit(dataset: Path) -> None:
     clips = numbers(dataset)
-    with Loader(dataset, config=train_config()) as loader:
+    with Loader(Catalog(dataset), config=train_config()) as loader:
         visits = all_segments(loader, steps=40)
     residues = []
     for segment in visits:
@@ -108,11 +115,11 @@ def test_moments_are_sampled_anew_on_every_visit(dataset: Path) -> None:
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_ranks_together_see_what_one_rank_sees(dataset: Path, prefetch: int) -> None:
     config = train_config(slots=4, prefetch=prefetch)
-    with Loader(dataset, config=config) as alone:
+    with Loader(Catalog(dataset), config=config) as alone:
         expected = [alone.packs(step) for step in range(12)]
     for world_size in (2, 4):
         for rank in range(world_size):
-            with Loader(dataset, config=config, rank=rank, world_size=world_size) as loader:
+            with Loader(Catalog(dataset), config=config, rank=rank, world_size=world_size) as loader:
                 for step in range(12):
                     assert same(loader.packs(step), expected[step][rank::world_size])
     epochs = Counter(segment.key for packs in expected for pack in packs for segment in pack.segments)
@@ -122,16 +129,16 @@ def test_ranks_together_see_what_one_rank_sees(dataset: Path, prefetch: int) -> 
 
 def test_any_step_equals_never_stopping(dataset: Path) -> None:
     config = train_config(stage("short", 7, max_s=1.0), stage("long", 9), slots=2)
-    with Loader(dataset, config=config) as loader:
+    with Loader(Catalog(dataset), config=config) as loader:
         expected = [loader.packs(step) for step in range(16)]
-    with Loader(dataset, config=config) as loader:
+    with Loader(Catalog(dataset), config=config) as loader:
         for step in (15, 5, 6, 7, 8, 0, 14):
             assert same(loader.packs(step), expected[step])
     assert not same(expected[0], expected[7])
 
 
 def test_the_last_step_is_the_last(dataset: Path) -> None:
-    with Loader(dataset, config=train_config(stage(steps=3))) as loader:
+    with Loader(Catalog(dataset), config=train_config(stage(steps=3))) as loader:
         loader.packs(2)
         with pytest.raises(ConfigError, match="steps 0 to 2"):
             loader.packs(3)
@@ -139,24 +146,29 @@ def test_the_last_step_is_the_last(dataset: Path) -> None:
 
 def test_step_weights_count_all_ranks(dataset: Path) -> None:
     config = train_config(stage("short", 5, max_s=1.0), stage("long", 5), slots=4)
-    with Loader(dataset, config=config) as alone, Loader(dataset, config=config, world_size=4) as one:
+    with (
+        Loader(Catalog(dataset), config=config) as alone,
+        Loader(Catalog(dataset), config=config, world_size=4) as one,
+    ):
         for step in range(10):
             packs = alone.packs(step)
             assert one.step_weights(step) == alone.step_weights(step)
             assert one.step_weights(step).num_clips == sum(len(pack.segments) for pack in packs)
-            assert one.step_weights(step).num_video_tokens == sum(pack.num_video_tokens for pack in packs)
+            assert one.step_weights(step).num_video_tokens == sum(
+                video_tokens(segment.latents.shape) for pack in packs for segment in pack.segments
+            )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_prefix_is_the_beginning_of_the_whole(tmp_path: Path, dtype: Any) -> None:
     dataset = write_dataset(tmp_path / "latents", store="mean", dtype=dtype)
     config = train_config(stage("whole", 20), stage("prefix", 20, max_s=1.0))
-    with Loader(dataset, config=config) as loader:
+    with Loader(Catalog(dataset), config=config) as loader:
         whole = {segment.sample_id: segment.latents for segment in all_segments(loader, steps=20)}
         cut = 0
         for step in range(20, 40):
             for pack in loader.packs(step):
-                assert pack.num_tokens <= BUDGET
+                assert num_tokens(pack) <= BUDGET
                 for segment in pack.segments:
                     full = whole[segment.sample_id]
                     # 8 fps and 4 frames a latent: the third one ends after exactly one second.
@@ -166,7 +178,9 @@ def test_a_prefix_is_the_beginning_of_the_whole(tmp_path: Path, dtype: Any) -> N
     assert cut > 5
 
 
-def test_a_prefix_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_reads_all_once_and_then_no_more_than_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = write_dataset(tmp_path / "latents", store="mean", shapes=[(41, 64, 64)])
     sizes: list[int] = []
     preadv = os.preadv
@@ -176,10 +190,24 @@ def test_a_prefix_reads_no_more_than_it_needs(tmp_path: Path, monkeypatch: pytes
         return sizes[-1]
 
     monkeypatch.setattr(os, "preadv", counting)
-    with Loader(dataset, config=train_config(stage(max_s=1.0), budget_tokens=400, prefetch=0)) as loader:
+    with Loader(
+        Catalog(dataset), config=train_config(stage(max_s=1.0), budget_tokens=400, prefetch=0)
+    ) as loader:
         loader.packs(0)
+        loader.packs(1)
     frame, prompt = 16 * 8 * 8 * 4, 4 * PROMPT_WIDTH * 4
-    assert sizes == [3 * frame, prompt]
+    assert sizes == [11 * frame, prompt, 3 * frame, prompt]
+
+
+def test_damage_beyond_the_window_is_found(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "latents", store="mean", shapes=[(41, 64, 64)])
+    flip(dataset, "latents", at=10 * 16 * 8 * 8 * 4)
+    config = train_config(stage(max_s=1.0), budget_tokens=400)
+    with (
+        Loader(Catalog(dataset), config=config) as loader,
+        pytest.raises(DatasetError, match=r"latents has crc32:.* verify"),
+    ):
+        loader.packs(0)
 
 
 def flip(dataset: Path, column: str, *, at: int = 5) -> tuple[str, str]:
@@ -199,11 +227,11 @@ def flip(dataset: Path, column: str, *, at: int = 5) -> tuple[str, str]:
 @pytest.mark.parametrize("column", ["mean", "logvar", "prompt_embeds"])
 def test_a_flipped_bit_is_found_and_named(tmp_path: Path, column: str, prefetch: int) -> None:
     dataset = write_dataset(tmp_path / "latents")
-    with Loader(dataset, config=train_config(prefetch=prefetch)) as loader:
+    with Loader(Catalog(dataset), config=train_config(prefetch=prefetch)) as loader:
         samples = [[s.sample_id for pack in loader.packs(step) for s in pack.segments] for step in range(8)]
     shard, sample = flip(dataset, column)
     needed = next(step for step in range(8) if sample in samples[step])
-    with Loader(dataset, config=train_config(prefetch=prefetch)) as loader:
+    with Loader(Catalog(dataset), config=train_config(prefetch=prefetch)) as loader:
         for step in range(needed):
             loader.packs(step)
         for _ in range(2):  # asked again it fails again, and skips nothing
@@ -220,7 +248,7 @@ def test_reads_that_stop_early_are_continued(dataset: Path, monkeypatch: pytest.
         return preadv(fd, [buffers[0][:1000]], offset)
 
     monkeypatch.setattr(os, "preadv", short)
-    with Loader(dataset, config=train_config()) as loader:  # checksums tell whether the parts fit
+    with Loader(Catalog(dataset), config=train_config()) as loader:  # checksums tell whether the parts fit
         assert {segment.sample_id for segment in all_segments(loader, steps=8)} == set(numbers(dataset))
 
 
@@ -233,7 +261,7 @@ def test_what_was_read_ahead_is_used(dataset: Path, monkeypatch: pytest.MonkeyPa
         return segment(self, row, latent_frames=latent_frames, key=key)
 
     monkeypatch.setattr(SampleReader, "segment", recording)
-    with Loader(dataset, config=train_config(prefetch=3)) as loader:
+    with Loader(Catalog(dataset), config=train_config(prefetch=3)) as loader:
         used = [segment.key for segment in all_segments(loader, steps=20)]
     assert read[: len(used)] == used
     assert len(set(read)) == len(read)
@@ -249,7 +277,7 @@ def test_epochs_are_planned_once_while_steps_come_in_sequence(
         return keyed_order(sizes, key=key)
 
     monkeypatch.setattr("trainer.plan.keyed_order", recording)
-    with Loader(dataset, config=train_config(prefetch=3)) as loader:
+    with Loader(Catalog(dataset), config=train_config(prefetch=3)) as loader:
         for step in range(20):
             loader.packs(step)
             loader.step_weights(step)
@@ -263,7 +291,7 @@ def test_the_log_variance_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("tests.trainer.datasets.clip_tensors", loud)
     dataset = write_dataset(tmp_path / "latents", scaling=Scaling(rule="none"))
-    with Loader(dataset, config=train_config()) as loader:
+    with Loader(Catalog(dataset), config=train_config()) as loader:
         latents = torch.cat([segment.latents.flatten() for segment in all_segments(loader, steps=8)])
     assert latents.std() == pytest.approx(np.exp(20 / 2), rel=0.05)
 
@@ -276,7 +304,7 @@ def test_a_checksum_is_taken_once_per_tensor(dataset: Path, monkeypatch: pytest.
         return checksum(data)
 
     monkeypatch.setattr("trainer.reader.checksum", counting)
-    with Loader(dataset, config=train_config()) as loader:
+    with Loader(Catalog(dataset), config=train_config()) as loader:
         visits = all_segments(loader, steps=30)
     assert len(taken) == 3 * len(SHAPES)
     assert len(visits) > 2 * len(SHAPES)
@@ -289,27 +317,29 @@ def test_a_missing_or_cut_shard_is_named(tmp_path: Path) -> None:
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000])
     with (
-        Loader(dataset, config=train_config()) as loader,
+        Loader(Catalog(dataset), config=train_config()) as loader,
         pytest.raises(DatasetError, match=rf"shard {name}, sample \w+: mean ends after \d+ of \d+ bytes"),
     ):
         all_segments(loader, steps=8)
     shard.unlink()
     with (
-        Loader(dataset, config=train_config()) as loader,
+        Loader(Catalog(dataset), config=train_config()) as loader,
         pytest.raises(DatasetError, match=rf"shard {name}, sample \w+: mean cannot be read: No such file"),
     ):
         all_segments(loader, steps=8)
 
 
-def test_nan_is_refused_even_in_a_prefix(tmp_path: Path) -> None:
+def test_nan_is_refused_even_in_a_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def holed(number: int, shape: Shape, *, store: str, dtype: Any) -> dict[str, Tensor]:
+        tensors = clip_tensors(number, shape, store=store, dtype=dtype)
+        tensors["latents"].data[0, 0, 0, 0] = np.nan
+        return tensors
+
+    monkeypatch.setattr("tests.trainer.datasets.clip_tensors", holed)
     dataset = write_dataset(tmp_path / "latents", store="mean", shapes=[(41, 32, 32)])
-    (row,) = pq.read_table(dataset / "index.parquet").to_pylist()
-    with (dataset / row["shard"]).open("r+b") as file:
-        file.seek(row["latents_offset"])
-        file.write(np.float32("nan").tobytes())
     with (
-        Loader(dataset, config=train_config(stage(max_s=0.5))) as loader,
-        pytest.raises(DatasetError, match=f"sample {row['sample_id']}: latents holds NaN or Inf"),
+        Loader(Catalog(dataset), config=train_config(stage(max_s=0.5))) as loader,
+        pytest.raises(DatasetError, match="latents holds NaN or Inf"),
     ):
         loader.packs(0)
 
@@ -344,7 +374,7 @@ def test_an_index_that_disagrees_names_the_sample(
     pq.write_table(change(table, column, value), dataset / "index.parquet")
     sample = table["sample_id"][2].as_py()
     with pytest.raises(DatasetError, match=f"sample {sample} in .*: expected {message}.*verify"):
-        Loader(dataset, config=train_config())
+        Loader(Catalog(dataset), config=train_config())
 
 
 @pytest.mark.parametrize(
@@ -360,23 +390,23 @@ def test_an_index_without_rows_or_columns_says_what_to_do(
     dataset = write_dataset(tmp_path / "latents")
     pq.write_table(edit(pq.read_table(dataset / "index.parquet")), dataset / "index.parquet")
     with pytest.raises(DatasetError, match=message):
-        Loader(dataset, config=train_config())
+        Loader(Catalog(dataset), config=train_config())
 
 
 def test_the_order_of_index_rows_does_not_matter(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "latents")
-    with Loader(dataset, config=train_config()) as loader:
-        expected, digest = [loader.packs(step) for step in range(6)], loader.plan_digest()
+    with Loader(Catalog(dataset), config=train_config()) as loader:
+        expected, digest = [loader.packs(step) for step in range(6)], loader.plan_digest("all")
     table = pq.read_table(dataset / "index.parquet")
     pq.write_table(table.take(list(reversed(range(len(table))))), dataset / "index.parquet")
-    with Loader(dataset, config=train_config()) as loader:
-        assert loader.plan_digest() == digest
+    with Loader(Catalog(dataset), config=train_config()) as loader:
+        assert loader.plan_digest("all") == digest
         assert all(same(loader.packs(step), expected[step]) for step in range(6))
 
 
 def plan_digest(dataset: Path, config: TrainConfig) -> str:
-    with Loader(dataset, config=config) as loader:
-        return loader.plan_digest()
+    with Loader(Catalog(dataset), config=config) as loader:
+        return loader.plan_digest(config.stages[0].name)
 
 
 def test_the_plan_digest_follows_whatever_changes_the_steps(dataset: Path, tmp_path: Path) -> None:
@@ -403,19 +433,19 @@ def test_a_sample_longer_than_the_budget_is_a_config_error(dataset: Path) -> Non
     with pytest.raises(
         ConfigError, match=rf"budget_tokens = 30: sample {longest} alone needs 38 tokens .*30 video, 8 prompt"
     ):
-        Loader(dataset, config=train_config(budget_tokens=30))
-    Loader(dataset, config=train_config(stage(max_s=0.5), budget_tokens=30)).close()
+        Loader(Catalog(dataset), config=train_config(budget_tokens=30))
+    Loader(Catalog(dataset), config=train_config(stage(max_s=0.5), budget_tokens=30)).close()
 
 
 def test_slots_must_be_shared_evenly(dataset: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"slots = 6: .* 4 data-parallel ranks; set data.slots to 8, .* 1 or 2 or 3"
     ):
-        Loader(dataset, config=train_config(slots=6), world_size=4)
+        Loader(Catalog(dataset), config=train_config(slots=6), world_size=4)
 
 
 def test_describe_names_samples_packs_and_fill(dataset: Path) -> None:
-    with Loader(dataset, config=train_config(slots=2)) as loader:
+    with Loader(Catalog(dataset), config=train_config(slots=2)) as loader:
         first, second = loader.describe().splitlines()
     assert first == "7 samples, 8.5 s of video, 3 shards"
     assert second.startswith("stage all: 11 to 38 tokens a sample, 3 packs (1.5 steps) an epoch, ")
@@ -428,7 +458,7 @@ def open_shards() -> int:
 def test_open_shards_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.reader.MAX_OPEN_SHARDS", 3)
     dataset = write_dataset(tmp_path / "latents", rows_per_unit=1)
-    with Loader(dataset, config=train_config(prefetch=0)) as loader:
+    with Loader(Catalog(dataset), config=train_config(prefetch=0)) as loader:
         assert len(all_segments(loader, steps=12)) > len(SHAPES)
         assert open_shards() == 3
     assert open_shards() == 0

@@ -11,18 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
 from schemas.config import ModelConfig, TrainConfig
 from schemas.errors import RunError
 from schemas.load import check_config
 from tests.trainer.datasets import write_dataset
 from tests.trainer.gloo import on_two_ranks
+from tests.trainer.stock import CONFIGS, stock_loss
 from tests.trainer.test_parallel import Values, alone
 from trainer import loop
 from trainer.attention import sdpa
 from trainer.catalog import Catalog
 from trainer.checkpoint import checkpoints_folder, find_checkpoint
+from trainer.collate import fill_patches
 from trainer.export import export
+from trainer.loader import Loader
 from trainer.metrics import read_records
 from trainer.model import PackedCogVideoX
 from trainer.parallel import World
@@ -210,12 +214,45 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clip(
     assert str(caught.value).count(", ") < 3
 
 
+def test_per_token_weighs_what_a_model_of_two_frames_a_patch_sees(dataset: Path, tmp_path: Path) -> None:
+    """CogVideoX 1.5: the loss of a step is the mean over every element, and the plan counts its tokens."""
+    variant = CONFIGS["1.5"] | {"in_channels": 16, "out_channels": 16, "text_embed_dim": 24}
+    folder = tmp_path / "init"
+    stock = CogVideoXTransformer3DModel(**variant | {"max_text_seq_length": 8})
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
+    stock.save_pretrained(folder)
+    stages = [{"name": "still", "steps": 3, "lr": {"peak": 0.0}}]
+    settings = config(
+        dataset,
+        tmp_path / "run",
+        model={"init": str(folder)},
+        stages=stages,
+        loss={"normalize": "per_token"},
+    )
+    alone(run, settings)
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    odd = 0
+    with Loader(Catalog(dataset), config=settings, patch_t=2) as loader:
+        for step, record in enumerate(records):
+            segments = [segment for pack in loader.packs(step) for segment in pack.segments]
+            clips = [fill_patches(segment.latents, patch_t=2) for segment in segments]
+            odd += sum(len(s.latents) % 2 for s in segments)
+            lengths = [len(clip) // 2 * (clip.shape[2] // 2) * (clip.shape[3] // 2) for clip in clips]
+            errors = [stock_loss(stock, segment).item() for segment in segments]
+            mean = sum(e * n for e, n in zip(errors, lengths, strict=True)) / sum(lengths)
+            assert record["loss"] == pytest.approx(mean, rel=1e-3)
+            assert record["tokens"] == sum(lengths) + sum(len(s.prompt_embeds) for s in segments)
+    assert odd > 2
+
+
 def test_metrics_after_the_checkpoint_are_cut_on_resume(dataset: Path, tmp_path: Path) -> None:
     settings = config(dataset, tmp_path, stages=[STAGES[0] | {"steps": 3}])
     alone(run, settings)
     path = tmp_path / "metrics.jsonl"
     before = losses(tmp_path)
-    path.write_text(path.read_text() + json.dumps({"step": 4, "loss": 1.0}) + '\n{"step": 5, "lo')
+    path.write_text(path.read_text() + json.dumps({"step": 4, "loss": 1.0}) + '\n\0damaged\n{"step": 5, "lo')
     longer = config(dataset, tmp_path, stages=[STAGES[0] | {"steps": 4}])
     alone(run, longer)
     assert losses(tmp_path)[:3] == before

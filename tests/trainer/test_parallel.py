@@ -72,7 +72,7 @@ def norm_and_clipped(world: World, max_norm: float) -> tuple[float, Values]:
 def what_world_tells(world: World) -> tuple[list[float], Any, list[str]]:
     return (
         world.sum([1.0, world.rank]),
-        world.from_main({"rank": world.rank}),
+        world.on_main(lambda: {"rank": world.rank}),
         world.gather([f"from {world.rank}"] * world.rank),
     )
 
