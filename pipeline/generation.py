@@ -83,7 +83,7 @@ def add_generation(
         history = dataset.generations()
         changes = _changes(dataset, card, rows=rows, sources=sources, unit_rows=unit_rows, history=history)
         removed = sum(row["op"] == "remove" for row in changes)
-        had = {(generation_key(row), row["sample_id"]) for row in dataset.live_rows()}
+        had = {(generation_key(row), row["sample_id"]) for row in dataset.live_rows(history)}
         noted = sum((generation_key(r), r["sample_id"]) in had for r in changes if r["op"] == "add")
         counts = {"added": len(changes) - removed - noted, "removed": removed}
         if not changes:
@@ -107,7 +107,7 @@ def _changes(
         for old in table.to_pylist():
             latents.note(old["sample_id"], old["unit"])
             prompts.note(old["caption_digest"], old["prompt_unit"])
-    live = {generation_key(row): row for row in dataset.live_rows()}
+    live = {generation_key(row): row for row in dataset.live_rows(history)}
     present = {row["sample_id"] for row in live.values()}
     changes: list[GenerationRow] = []
     for row in rows:
@@ -167,11 +167,12 @@ def pending_units(dataset: Dataset, family: Family) -> list[Unit]:
     """
     key, number = ("sample_id", "unit") if family == "latents" else ("caption_digest", "prompt_unit")
     held: dict[int, dict[str, GenerationRow]] = {}
-    for table in dataset.generations():
+    generations = dataset.generations()
+    for table in generations:
         for row in table.to_pylist():
             if row["op"] == "add":
                 held.setdefault(row[number], {})[row[key]] = row
-    live = dataset.live_rows()
+    live = dataset.live_rows(generations)
     wanted = {row[number] for row in live}
     live_keys = {row[key] for row in live}
     pending = sorted(unit for unit in wanted if not dataset.commit_path(family, unit).exists())

@@ -6,7 +6,7 @@ Readers follow commit records, never listings of shards. Nothing here writes; `p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,13 @@ class Dataset:
             tables.append(table)
         return tables
 
-    def live_rows(self) -> list[GenerationRow]:
-        """Rows added and not removed since, in the order they were first asked for."""
+    def live_rows(self, generations: Sequence[pa.Table] | None = None) -> list[GenerationRow]:
+        """Rows added and not removed since, in the order they were first asked for.
+
+        `generations` are all of them where the caller has read them already.
+        """
         live: dict[tuple[Any, ...], GenerationRow] = {}
-        for table in self.generations():
+        for table in self.generations() if generations is None else generations:
             for row in table.to_pylist():
                 if row["op"] == "add":
                     live[generation_key(row)] = row

@@ -6,7 +6,6 @@ one `preadv` a tensor. Both files can be rebuilt at any time; commits stay the o
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -207,8 +206,3 @@ def read_tensor(dataset: str | Path, row: dict[str, Any], name: str) -> Tensor:
     if name == "prompt_embeds":
         return tensor_from(buffer, dtype=row["prompt_embeds_dtype"], shape=row["prompt_embeds_shape"])
     return tensor_from(buffer, dtype=row["dtype"], shape=row["shape"])
-
-
-def row_extra(row: dict[str, Any]) -> dict[str, Any]:
-    """The manifest's other columns of an index or generation row."""
-    return json.loads(row["extra"]) if row["extra"] else {}
