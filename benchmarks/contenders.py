@@ -33,12 +33,27 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """What kind of video a clip is."""
+
+    codec: str
+    width: int
+    """Coded pixels."""
+    height: int
+    intra: bool
+    """Every packet is a key packet: nothing is predicted, any picture can be decoded alone."""
+
+
+@dataclass(frozen=True)
 class Outcome:
     num_pictures: int
     """Pictures in the clip, as the contender counts them."""
     shape: tuple[int, ...]
     """Of the frames given: (F, H, W, 3)."""
-    codec: str = ""
+    num_decoded: int | None = None
+    """Pictures its decoder made; None where the library does not tell."""
+    stream: Stream | None = None
+    """Told by the bare decode."""
 
 
 Run = Callable[[str, Target], Outcome]
@@ -64,7 +79,7 @@ def ours() -> Run:
             resize=ResizeConfig(mode="stretch"),
             limits=LimitsConfig(),
         )
-        return Outcome(record.num_pictures, frames.shape)
+        return Outcome(record.num_pictures, frames.shape, num_decoded=record.num_decoded)
 
     return run
 
@@ -129,20 +144,23 @@ def bare() -> Run:
     av.logging.set_level(av.logging.PANIC)
 
     def run(path: str, target: Target) -> Outcome:
-        count = 0
+        count, intra = 0, True
         with av.open(path, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
+            if not isinstance(stream, av.VideoStream) or stream.codec_context is None:
                 raise ValueError("no video stream with a decoder")
-            stream.codec_context.thread_count = 1
+            decoder = stream.codec_context
+            decoder.thread_count = 1
             for packet in container.demux(stream):
+                intra = intra and (packet.is_keyframe or not packet.size)
                 try:
                     count += sum(1 for _ in packet.decode())
                 except av.error.InvalidDataError:
                     continue
             if not count:
                 raise ValueError("no picture could be decoded")
-            return Outcome(count, (), codec=stream.codec_context.codec.canonical_name)
+            kind = Stream(decoder.codec.canonical_name, decoder.width, decoder.height, intra)
+            return Outcome(count, (), num_decoded=count, stream=kind)
 
     return run
 

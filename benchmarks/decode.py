@@ -1,8 +1,11 @@
 """Decode benchmark: the same clips through every contender, interleaved, in CPU seconds.
 
 In: video files and a target shape. Out: per clip and contender the median CPU seconds (user and system of
-its child process) or what went wrong, and geometric means per codec. CPU seconds, because they hold on a
+its child process) or what went wrong, and geometric means per class. CPU seconds, because they hold on a
 busy machine; children, because a decoder that hangs or crashes must cost one clip and not the run.
+
+Classes are codecs; H.264 and HEVC are split by size (HD: a coded area of 1280 x 720 or more), and their
+clips in which every packet is a key packet stand apart, as nothing is predicted there.
 """
 
 from __future__ import annotations
@@ -21,9 +24,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS, Target
+from benchmarks.contenders import CONTENDERS, Stream, Target
 
 OURS, CEILING = "ours", "bare decode"
+PREDICTED = ("h264", "hevc")
+HD_AREA = 1280 * 720
+GOAL, GOAL_PREDICTED_HD = 1.2, 1.8
+"""CPU seconds of the best other library, divided by ours."""
+GOAL_SHARE = 0.9
+"""CPU seconds of a bare decode, divided by ours, where every picture had to be decoded."""
 START_LIMIT_S = 120.0
 CHILD_COMMAND = ("-m", "benchmarks.contenders")
 
@@ -35,6 +44,8 @@ class Cell:
     cpu_s: float | None
     """Median; None where it gave no frames."""
     num_pictures: int | None
+    num_decoded: int | None = None
+    """Pictures its decoder made, where it tells."""
     problem: str = ""
     """Error, hang, crash or a miscount, in a sentence; empty where all is well."""
 
@@ -42,8 +53,21 @@ class Cell:
 @dataclass(frozen=True)
 class ClipResult:
     clip: str
-    codec: str
+    stream: Stream | None
+    """None where a bare decode gives no picture."""
     cells: dict[str, Cell]
+
+    @property
+    def kind(self) -> str:
+        """The class it counts in."""
+        if self.stream is None:
+            return "unknown"
+        codec = self.stream.codec
+        if codec not in PREDICTED:
+            return codec
+        if self.stream.intra:
+            return f"{codec} intra"
+        return f"{codec} HD" if self.stream.width * self.stream.height >= HD_AREA else f"{codec} below HD"
 
 
 @dataclass(frozen=True)
@@ -161,29 +185,38 @@ def _measure_clip(
                 runs.append(child.ask(path, target, limit_s=limit_s))
     ceiling = answers.get(CEILING, [{}])[-1]
     cells = {name: _cell(runs, ceiling.get("num_pictures"), target) for name, runs in answers.items()}
-    return ClipResult(path.name, ceiling.get("codec") or "unknown", cells)
+    found = ceiling.get("stream")
+    return ClipResult(path.name, found and Stream(**found), cells)
 
 
 def _cell(runs: Sequence[dict[str, Any]], num_pictures: int | None, target: Target) -> Cell:
     last = runs[-1]
     if "error" in last:
-        return Cell(None, None, last["error"])
+        return Cell(None, None, problem=last["error"])
     shape, problem = tuple(last["shape"]), ""
     if shape and shape != (target.num_frames, target.height, target.width, 3):
         problem = f"wrong count: gave {shape[0]} of {target.num_frames} frames"
     elif num_pictures is not None and last["num_pictures"] != num_pictures:
         problem = f"wrong count: {last['num_pictures']} pictures, a plain decode gives {num_pictures}"
-    return Cell(statistics.median(run["cpu_s"] for run in runs), last["num_pictures"], problem)
+    cpu_s = statistics.median(run["cpu_s"] for run in runs)
+    return Cell(cpu_s, last["num_pictures"], last["num_decoded"], problem)
 
 
 @dataclass(frozen=True)
 class ClassMean:
-    """Geometric mean over the clips of one codec that both we and the contender read."""
+    """Geometric means over the clips of one class that both we and the contender read."""
 
-    codec: str
+    kind: str
     ratio: dict[str, float]
     """Contender -> its CPU seconds divided by ours."""
     num_clips: dict[str, int]
+    best_other: str
+    """The library with the fewest CPU seconds relative to ours; empty where none reads the class."""
+    goal: float | None
+    """What its ratio should be at least; None for the class of all."""
+    whole_share: float | None
+    """A bare decode divided by ours, over the clips of which we decode every picture."""
+    num_whole: int
     frames_per_s: float
     """Frames given per CPU second, ours."""
 
@@ -192,33 +225,50 @@ ALL = "all"
 
 
 def class_means(report: Report) -> list[ClassMean]:
-    """One per codec, those with most clips first, then one over all clips."""
-    by_codec: dict[str, list[ClipResult]] = {}
+    """One per class, those with most clips first, then one over all clips."""
+    by_kind: dict[str, list[ClipResult]] = {}
     for clip in report.clips:
         if OURS in clip.cells and clip.cells[OURS].cpu_s is not None:
-            by_codec.setdefault(clip.codec, []).append(clip)
-    groups = sorted(by_codec.items(), key=lambda item: (-len(item[1]), item[0]))
+            by_kind.setdefault(clip.kind, []).append(clip)
+    groups = sorted(by_kind.items(), key=lambda item: (-len(item[1]), item[0]))
     groups.append((ALL, [clip for _, clips in groups for clip in clips]))
-    return [_class_mean(codec, clips, report) for codec, clips in groups if clips]
+    return [_class_mean(kind, clips, report) for kind, clips in groups if clips]
 
 
-def _class_mean(codec: str, clips: Sequence[ClipResult], report: Report) -> ClassMean:
-    seconds = {
-        name: [
-            (cell.cpu_s, clip.cells[OURS].cpu_s)
-            for clip in clips
-            if (cell := clip.cells[name]).cpu_s is not None
-        ]
-        for name in report.contenders
-    }
+def _class_mean(kind: str, clips: Sequence[ClipResult], report: Report) -> ClassMean:
+    seconds = {name: _beside_ours(name, clips) for name in report.contenders}
+    ratio = {name: _mean_ratio(pairs) for name, pairs in seconds.items() if pairs}
+    others = [name for name in ratio if name not in (OURS, CEILING)]
+    whole = _beside_ours(CEILING, [clip for clip in clips if _decodes_all(clip.cells[OURS])])
+    predicted_hd = kind.endswith(" HD") and not kind.endswith("below HD")
     return ClassMean(
-        codec=codec,
-        ratio={
-            name: _geometric_mean(a / b for a, b in pairs if b) for name, pairs in seconds.items() if pairs
-        },
+        kind=kind,
+        ratio=ratio,
         num_clips={name: len(pairs) for name, pairs in seconds.items()},
+        best_other=min(others, key=lambda name: ratio[name], default=""),
+        goal=None if kind == ALL else GOAL_PREDICTED_HD if predicted_hd else GOAL,
+        whole_share=_mean_ratio(whole) if whole else None,
+        num_whole=len(whole),
         frames_per_s=_geometric_mean(report.target.num_frames / own for _, own in seconds[OURS] if own),
     )
+
+
+def _beside_ours(name: str, clips: Iterable[ClipResult]) -> list[tuple[float, float]]:
+    """CPU seconds of a contender and ours, of the clips that both read."""
+    found = []
+    for clip in clips:
+        theirs, own = clip.cells[name].cpu_s if name in clip.cells else None, clip.cells[OURS].cpu_s
+        if theirs is not None and own:
+            found.append((theirs, own))
+    return found
+
+
+def _decodes_all(cell: Cell) -> bool:
+    return cell.num_decoded is not None and cell.num_decoded >= (cell.num_pictures or 0)
+
+
+def _mean_ratio(pairs: Iterable[tuple[float, float]]) -> float:
+    return _geometric_mean(theirs / own for theirs, own in pairs)
 
 
 def _geometric_mean(values: Iterable[float]) -> float:
@@ -234,5 +284,5 @@ def numbers(report: Report) -> dict[str, Any]:
         "versions": report.versions,
         "missing": report.missing,
         "means": [asdict(mean) for mean in class_means(report)],
-        "clips": [asdict(clip) for clip in report.clips],
+        "clips": [{**asdict(clip), "kind": clip.kind} for clip in report.clips],
     }

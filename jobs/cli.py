@@ -86,6 +86,9 @@ def validate(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the rows that passed as a new manifest.")
     ] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every picture, not only the first; much slower.")
+    ] = False,
     set_: Set = [],  # noqa: B006
     json_: Json = False,
 ) -> None:
@@ -95,7 +98,9 @@ def validate(
     where more rows are bad than the config's quarantine rate allows (any, without a config).
     """
     raise typer.Exit(
-        _job("validate").validate(manifest, config=config, overrides=set_, output=output, as_json=json_)
+        _job("validate").validate(
+            manifest, config=config, overrides=set_, output=output, as_json=json_, decode=decode
+        )
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -11,11 +13,40 @@ from rich.table import Table
 
 console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
+PACE_EVERY_S = 5.0
 
-def print_json(value: Any) -> None:
-    """One document on standard output; nothing else is printed there with --json."""
-    json.dump(value, sys.stdout, indent=1, default=str)
-    print()
+
+def print_json(value: Any, lists: Mapping[str, Iterable[Any]] | None = None) -> None:
+    """One document on standard output; nothing else is printed there with --json.
+
+    `lists`: further keys of a `value` that is an object, whose items are written as they come.
+    """
+    text = json.dumps(value, indent=1, default=str)
+    if lists:
+        text = text.removesuffix("\n}")
+    sys.stdout.write(text)
+    for name, items in (lists or {}).items():
+        sys.stdout.write(f",\n {json.dumps(name)}: [")
+        for number, item in enumerate(items):
+            sys.stdout.write(f"{',' if number else ''}\n  {json.dumps(item, default=str)}")
+        sys.stdout.write("\n ]")
+    print("\n}" if lists else "")
+
+
+class Pace:
+    """A plain line on standard error every few seconds of a long pass."""
+
+    def __init__(self, noun: str) -> None:
+        self._noun = noun
+        self._started = self._shown = time.monotonic()
+
+    def tick(self, done: int, note: str) -> None:
+        """`done` of them so far."""
+        now = time.monotonic()
+        if now - self._shown >= PACE_EVERY_S:
+            self._shown = now
+            rate = done / (now - self._started)
+            print(f"{done} {self._noun}, {rate:.1f}/s, {note}", file=sys.stderr, flush=True)
 
 
 def table(*headers: str) -> Table:
@@ -26,9 +57,9 @@ def table(*headers: str) -> Table:
     return result
 
 
-def count_table(name: str, counts: dict[str, int]) -> Table:
+def count_table(name: str, counts: Mapping[str, int], *, unit: str = "clips") -> Table:
     """Two columns, most frequent first."""
-    result = table(name, ">clips")
+    result = table(name, f">{unit}")
     for key, count in sorted(counts.items(), key=lambda item: -item[1]):
         result.add_row(key, str(count))
     return result

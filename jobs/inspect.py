@@ -169,9 +169,12 @@ def _source_frames(
             row["path"],
             start_s=row["start_s"],
             end_s=row["end_s"],
+            clip=row["clip"],
             frames=settings.frames,
             buckets=settings.buckets,
             resize=settings.resize,
+            picture=settings.picture,
+            decode=settings.decode,
             limits=LimitsConfig(),
         )
     except ClipError as error:

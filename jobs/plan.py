@@ -12,12 +12,15 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jobs.console import console, count_table, duration, print_json, size, table
+from jobs.console import Pace, console, count_table, duration, print_json, size, table
+from jobs.report import slowed, window_s
+from pipeline.clip import Placed
 from pipeline.graph import manifest_rows, wanted_card
 from pipeline.progress import gated_failures
 from pipeline.sandbox import DecodeRequest, DecoderProcess
@@ -27,74 +30,109 @@ from pipeline.video_encode import load_video_encoder
 from schemas.bucket import bucket_name, video_tokens
 from schemas.card import Card, card_path, read_card, refuse_stale
 from schemas.codec import DTYPES, TAGS
-from schemas.config import BucketConfig, PreprocessConfig
+from schemas.config import AT_A_RATE, BucketConfig, PreprocessConfig
 from schemas.dataset import Dataset, generation_key
 from schemas.errors import EXIT_DONE, EXIT_GATE, ClipError
 from schemas.load import load_config
 from schemas.manifest import ManifestRow
 
 _TRIALS = 3
+_SHOWN = 20
+
+
+class _Chosen(NamedTuple):
+    """A row that is kept."""
+
+    row: ManifestRow
+    bucket: BucketConfig
+    num_clips: int
 
 
 def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
     """Plan the run of a config; the exit code of the command."""
     config = load_config(config_path, PreprocessConfig, overrides=overrides)
-    rows = manifest_rows(config)
     card = wanted_card(config)
+    rows = manifest_rows(config)
     dataset = Dataset(config.output)
     if card_path(dataset.root).exists():
         refuse_stale(dataset.root, have=read_card(dataset.root), want=card)
 
     buckets: Counter[str] = Counter()
     drops: Counter[str] = Counter()
+    notes: list[dict[str, Any]] = []
     dropped: list[dict[str, Any]] = []
-    chosen: list[tuple[ManifestRow, BucketConfig]] = []
-    short = 0
-    for row, found in survey(rows, config):
+    chosen: list[_Chosen] = []
+    short = slow = 0
+    leftover = 0.0
+    pace = Pace("rows")
+    for number, (row, found) in enumerate(survey(rows, config), 1):
+        pace.tick(number, f"{len(dropped)} dropped")
         if isinstance(found, ClipError):
             drops[found.reason] += 1
             dropped.append(
                 {"row": row.number, "source": row.source, "reason": found.reason, "message": found.message}
             )
             continue
-        short += found.num_available < found.bucket.num_frames
-        buckets[bucket_name(found.bucket)] += 1
-        chosen.append((row, found.bucket))
+        bucket = config.buckets[found.bucket]
+        short += found.num_available < bucket.num_frames
+        slow += slowed(found, config)
+        notes += [{"row": row.number, "source": row.source, "message": note} for note in found.notes]
+        leftover += _leftover_s(row, found, config)
+        buckets[bucket_name(bucket)] += found.num_clips
+        chosen.append(_Chosen(row, bucket, found.num_clips))
 
+    clips = sum(each.num_clips for each in chosen)
     done = _done(dataset, chosen)
     captions = list(dict.fromkeys(row.caption for row in rows))
     report: dict[str, Any] = {
         "rows": len(rows),
-        "clips": len(chosen),
+        "kept_rows": len(chosen),
+        "clips": clips,
         "already_done": done,
         "buckets": dict(buckets.most_common()),
         "drops": dict(drops.most_common()),
         "dropped": dropped,
         "shorter_than_bucket": short,
+        "slowed_beyond_2x": slow,
+        "leftover_s": round(leftover, 3),
+        "notes": notes,
         "captions": len(captions),
-        "video_tokens": sum(video_tokens(card.geometry.latent_shape(bucket)) for _, bucket in chosen),
-        "latents_bytes": sum(_latent_bytes(bucket, card) for _, bucket in chosen),
+        "video_tokens": sum(
+            video_tokens(card.geometry.latent_shape(each.bucket)) * each.num_clips for each in chosen
+        ),
+        "latents_bytes": sum(_latent_bytes(each.bucket, card) * each.num_clips for each in chosen),
         "prompts_bytes": _prompt_bytes(captions, config),
-        **_estimate(chosen, config, remaining=len(chosen) - done),
+        **_estimate(chosen, config, remaining=clips - done),
     }
     print_json(report) if as_json else _print(report, config)
     return EXIT_GATE if gated_failures(drops) > config.quarantine.max_rate * len(rows) else EXIT_DONE
 
 
-def _done(dataset: Dataset, chosen: Sequence[tuple[ManifestRow, BucketConfig]]) -> int:
-    """Rows that are committed and whose file has not been touched since."""
+def _leftover_s(row: ManifestRow, placed: Placed, config: PreprocessConfig) -> float:
+    """Seconds of a row that no clip of it shows; the policies that show the whole row leave nothing."""
+    frames, num_frames = config.frames, config.buckets[placed.bucket].num_frames
+    if frames.policy not in AT_A_RATE:
+        return 0.0
+    step = frames.slide_step if frames.clips == "slide" else num_frames
+    used = (placed.num_clips - 1) * step + num_frames
+    return window_s(row, placed) * max(0, placed.num_available - used) / max(1, placed.num_available)
+
+
+def _done(dataset: Dataset, chosen: Sequence[_Chosen]) -> int:
+    """Clips that are committed and whose file has not been touched since."""
     live = {generation_key(row): row for row in dataset.live_rows()}
     done = 0
-    for row, _ in chosen:
-        asked = live.get(row.key)
-        if asked is None:
+    for each in chosen:
+        clips = [live.get(replace(each.row, clip=clip).key) for clip in range(each.num_clips)]
+        if not any(clips):
             continue
-        stat = os.stat(row.path)
-        committed = (
-            dataset.commit_path("latents", asked["unit"]).exists()
-            and dataset.commit_path("prompts", asked["prompt_unit"]).exists()
-        )
-        done += committed and (stat.st_size, stat.st_mtime_ns) == (asked["size"], asked["mtime_ns"])
+        stat = os.stat(each.row.path)
+        for asked in filter(None, clips):
+            committed = (
+                dataset.commit_path("latents", asked["unit"]).exists()
+                and dataset.commit_path("prompts", asked["prompt_unit"]).exists()
+            )
+            done += committed and (stat.st_size, stat.st_mtime_ns) == (asked["size"], asked["mtime_ns"])
     return done
 
 
@@ -111,18 +149,21 @@ def _prompt_bytes(captions: Sequence[str], config: PreprocessConfig) -> int:
     return round(mean * len(captions))
 
 
-def _estimate(
-    chosen: Sequence[tuple[ManifestRow, BucketConfig]], config: PreprocessConfig, *, remaining: int
-) -> dict[str, Any]:
+def _estimate(chosen: Sequence[_Chosen], config: PreprocessConfig, *, remaining: int) -> dict[str, Any]:
     """Seconds and bytes of memory, from trial clips spread over the manifest."""
     encoder = load_video_encoder(config.video_encoder)
     spent = []
     step = max(1, len(chosen) // _TRIALS)
     with DecoderProcess(
-        frames=config.frames, buckets=config.buckets, resize=config.resize, limits=config.limits
+        frames=config.frames,
+        buckets=config.buckets,
+        resize=config.resize,
+        limits=config.limits,
+        picture=config.picture,
+        decode=config.decode,
     ) as decoder:
-        for row, _ in chosen[step // 2 :: step][:_TRIALS]:
-            decoder.submit(DecodeRequest(row.path, start_s=row.start_s, end_s=row.end_s))
+        for row, _, _ in chosen[step // 2 :: step][:_TRIALS]:
+            decoder.submit(DecodeRequest(row.path, start_s=row.start_s, end_s=row.end_s, clip=0))
             try:
                 clip = decoder.result()
             except ClipError:
@@ -143,18 +184,25 @@ def _estimate(
 
 
 def _print(report: dict[str, Any], config: PreprocessConfig) -> None:
-    console.print(count_table("bucket", report["buckets"]))
+    if report["clips"]:
+        console.print(count_table("bucket", report["buckets"]))
     if report["drops"]:
-        console.print(count_table("dropped", report["drops"]))
-        for drop in report["dropped"][:20]:
-            console.print(f"  row {drop['row']}  {drop['source']}: {drop['message']}")
+        console.print(count_table("dropped", report["drops"], unit="rows"))
+        _print_rows(report["dropped"])
+    if report["notes"]:
+        console.print("to know of kept rows")
+        _print_rows(report["notes"])
     facts = table("", "")
+    into = f"{report['kept_rows']} kept, " if report["drops"] else ""
+    done = f", {report['already_done']} done already" if report["already_done"] else ""
+    facts.add_row("rows", f"{report['rows']} ({into}{report['clips']} clips{done})")
     facts.add_row(
-        "rows", f"{report['rows']} ({report['clips']} clips, {report['already_done']} done already)"
+        "shorter than bucket",
+        f"{report['shorter_than_bucket']} rows (frames.short = {config.frames.short!r}), "
+        f"{report['slowed_beyond_2x']} of them slowed beyond 2x",
     )
-    facts.add_row(
-        "shorter than bucket", f"{report['shorter_than_bucket']} (frames.short = {config.frames.short!r})"
-    )
+    if config.frames.policy in AT_A_RATE:
+        facts.add_row("in no clip", f"{duration(report['leftover_s'])} of video at the ends of rows")
     facts.add_row("video tokens", f"{report['video_tokens']:,}")
     facts.add_row("disk", f"latents {size(report['latents_bytes'])}, prompts {size(report['prompts_bytes'])}")
     if report["estimated_s"] is not None:
@@ -165,3 +213,10 @@ def _print(report: dict[str, Any], config: PreprocessConfig) -> None:
             f"{size(report['estimated_memory_bytes'])} of memory (from {report['trial_clips']} trial clips)",
         )
     console.print(facts)
+
+
+def _print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows[:_SHOWN]:
+        console.print(f"  row {row['row']}  {row['source']}: {row['message']}")
+    if len(rows) > _SHOWN:
+        console.print(f"  ... and {len(rows) - _SHOWN} more (--json lists all)")

@@ -17,7 +17,7 @@ def run(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
     """Preprocess; the exit code of the command."""
     config = load_config(config_path, PreprocessConfig, overrides=overrides)
     summary, ran = preprocess(config)
-    unfinished = summary["rows"] - summary["kept"] - summary["quarantined"]
+    unfinished = summary["clips"] - summary["kept"] - summary["quarantined"]
     over = summary["quarantine_rate"] > config.quarantine.max_rate
     if as_json:
         print_json(summary)
@@ -28,7 +28,7 @@ def run(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
 
 def report(config: PreprocessConfig, summary: dict[str, Any], *, ran: bool, over: bool) -> None:
     """The summary for a person."""
-    console.print(f"{summary['kept']} of {summary['rows']} clips kept, {summary['quarantined']} quarantined")
+    console.print(f"{summary['kept']} of {summary['clips']} clips kept, {summary['quarantined']} quarantined")
     if summary["reasons"]:
         console.print(count_table("reason", summary["reasons"]))
     if not ran:
@@ -42,4 +42,6 @@ def report(config: PreprocessConfig, summary: dict[str, Any], *, ran: bool, over
     console.print(f"dataset: {config.output}  (summary.json, index.parquet, quarantine.parquet)")
     if over:
         rate, allowed = summary["quarantine_rate"], config.quarantine.max_rate
-        console.print(f"quarantined {rate:.1%} of the rows, over quarantine.max_rate = {allowed:.1%}: exit 3")
+        console.print(
+            f"quarantined {rate:.1%} of the clips, over quarantine.max_rate = {allowed:.1%}: exit 3"
+        )

@@ -2,121 +2,123 @@
 
 Exit code 0 where the share of bad rows is within the config's quarantine rate (0 without a config),
 3 above it. Rows that preprocess would refuse to start with (missing file, no caption, repeated row)
-count like rows it would quarantine.
+count like rows it would quarantine; rows that only repeat another's content are warned of. Rows stream
+from the manifest to the report and the output: what must be remembered of them is on disk.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-from jobs.console import console, count_table, print_json, table
-from pipeline.clip import ClipInfo
+from jobs.console import Pace, console, print_json
+from jobs.report import Report
+from pipeline.copies import Copies
 from pipeline.graph import manifest_items
-from pipeline.survey import Surveyed, survey
+from pipeline.survey import survey
 from pipeline.video_encode import load_video_encoder
 from schemas.bucket import check_buckets
 from schemas.config import PreprocessConfig
-from schemas.errors import EXIT_DONE, EXIT_GATE, ConfigError, ManifestError
+from schemas.errors import EXIT_DONE, EXIT_GATE, ClipError, ConfigError, ManifestError
+from schemas.ledger import Ledger
 from schemas.load import check_config, load_config
-from schemas.manifest import ManifestRow, RowProblem, split_rows, write_manifest
-
-_SHOWN = 40
+from schemas.manifest import ManifestRow, RowProblem, checked_rows, write_manifest
 
 
 def validate(
-    manifest: Path, *, config: Path | None, overrides: Sequence[str], output: Path | None, as_json: bool
+    manifest: Path,
+    *,
+    config: Path | None,
+    overrides: Sequence[str],
+    output: Path | None,
+    as_json: bool,
+    decode: bool = False,
 ) -> int:
-    """Validate `manifest`; the exit code of the command."""
+    """Validate `manifest`, every picture of it with `decode`; the exit code of the command."""
+    settings = _settings(manifest, config=config, overrides=overrides)
+    with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger())
+        copies = stack.enter_context(Copies(ledger))
+        report = Report(ledger, None if config is None else settings)
+        rows = _good_rows(manifest, settings, report, ledger=ledger, copies=copies, decode=decode)
+        if output is None:
+            deque(rows, maxlen=0)
+        else:
+            write_manifest(output, rows)
+        if as_json:
+            lists = {f"{kind}s": report.findings(kind) for kind in ("problem", "warning")}
+            print_json({"manifest": str(manifest), **report.as_json()}, lists)
+        else:
+            report.show()
+            if output is not None:
+                console.print(f"wrote the {report.good} good rows to {output}")
+    allowed = 0.0 if config is None else settings.quarantine.max_rate
+    if report.bad <= allowed * (report.good + report.bad):
+        return EXIT_DONE
+    if config is not None and not as_json:
+        rate = report.bad / (report.good + report.bad)
+        console.print(f"{rate:.1%} of the rows are bad, over quarantine.max_rate = {allowed:.1%}: exit 3")
+    return EXIT_GATE
+
+
+def _settings(manifest: Path, *, config: Path | None, overrides: Sequence[str]) -> PreprocessConfig:
+    """The config, its frame rules checked before a file is opened; the defaults without one."""
     if config is None:
         if overrides:
             raise ConfigError("--set changes a config; name it with -c CONFIG")
-        settings = check_config(
-            {"manifest": str(manifest), "output": "unused"}, PreprocessConfig, where="--set"
-        )
-        allowed = 0.0
-    else:
-        settings = load_config(config, PreprocessConfig, overrides=overrides)
-        check_buckets(settings.buckets, load_video_encoder(settings.video_encoder).geometry)
-        allowed = settings.quarantine.max_rate
-    rows, problems = split_rows(manifest_items(manifest))
-    if not rows and not problems:
-        raise ManifestError(f"{manifest} holds no rows")
-    good: list[tuple[ManifestRow, ClipInfo]] = []
-    for row, found in survey(rows, settings):
-        if isinstance(found, Surveyed):
-            good.append((row, found.info))
-        else:
-            problems.append(RowProblem(row.number, row.source, found.reason, found.message))
-    problems.sort(key=lambda problem: problem.number)
-    if output is not None:
-        write_manifest(output, [row for row, _ in good])
-    report = _report(manifest, good, problems)
-    if as_json:
-        print_json(report)
-    else:
-        _print(report, problems)
-        if output is not None:
-            console.print(f"wrote the {len(good)} good rows to {output}")
-    return EXIT_GATE if len(problems) > allowed * (len(good) + len(problems)) else EXIT_DONE
-
-
-def _report(
-    manifest: Path, good: Sequence[tuple[ManifestRow, ClipInfo]], problems: Sequence[RowProblem]
-) -> dict[str, Any]:
-    infos = [info for _, info in good]
-    return {
-        "manifest": str(manifest),
-        "rows": len(good) + len(problems),
-        "good": len(good),
-        "bad": len(problems),
-        "reasons": dict(Counter(problem.reason for problem in problems).most_common()),
-        "codecs": dict(Counter(info.codec for info in infos).most_common()),
-        "containers": dict(Counter(info.container for info in infos).most_common()),
-        "duration_s": _spread([info.duration_s for info in infos]),
-        "fps": _spread([info.fps for info in infos]),
-        "pictures": _spread([float(info.num_pictures) for info in infos]),
-        "width": _spread([float(info.display_width) for info in infos]),
-        "height": _spread([float(info.display_height) for info in infos]),
-        "problems": [
-            {"row": p.number, "source": p.source, "reason": p.reason, "message": p.message} for p in problems
-        ],
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {
-        "min": round(min(values), 3),
-        "median": round(statistics.median(values), 3),
-        "max": round(max(values), 3),
-        "sum": round(sum(values), 3),
-    }
-
-
-def _print(report: dict[str, Any], problems: Sequence[RowProblem]) -> None:
-    if report["good"]:
-        spreads = table("", ">min", ">median", ">max")
-        for name, label in (
-            ("duration_s", "seconds"),
-            ("fps", "fps"),
-            ("pictures", "pictures"),
-            ("width", "width"),
-            ("height", "height"),
-        ):
-            spread = report[name]
-            spreads.add_row(label, *(f"{spread[key]:g}" for key in ("min", "median", "max")))
-        console.print(count_table("codec", report["codecs"]))
-        console.print(spreads)
-    for problem in problems[:_SHOWN]:
-        console.print(f"row {problem.number}  {problem.source or ''}  {problem.reason}: {problem.message}")
-    if len(problems) > _SHOWN:
-        console.print(f"... and {len(problems) - _SHOWN} more (--json lists all)")
-    console.print(
-        f"{report['rows']} rows: {report['good']} good, {report['bad']} bad"
-        + (f", {report['duration_s']['sum']:.0f} s of video" if report["good"] else "")
+        return check_config({"manifest": str(manifest), "output": "unused"}, PreprocessConfig, where="--set")
+    settings = load_config(config, PreprocessConfig, overrides=overrides)
+    check_buckets(
+        settings.buckets,
+        load_video_encoder(settings.video_encoder).geometry,
+        target=settings.target,
+        text_length=settings.text_encoder.max_length,
     )
+    return settings
+
+
+def _good_rows(
+    manifest: Path,
+    settings: PreprocessConfig,
+    report: Report,
+    *,
+    ledger: Ledger,
+    copies: Copies,
+    decode: bool,
+) -> Iterator[ManifestRow]:
+    """The rows that can be used, in order; every row is counted in `report` on its way."""
+
+    def readable() -> Iterator[ManifestRow]:
+        for item in checked_rows(manifest_items(manifest), ledger=ledger):
+            if isinstance(item, RowProblem):
+                report.add_problem(item)
+            else:
+                copies.watch(item)
+                yield item
+
+    pace = Pace("rows")
+    for row, found in survey(readable(), settings, full=decode):
+        if isinstance(found, ClipError):
+            report.add_problem(RowProblem(row.number, row.source, found.reason, found.message))
+        else:
+            report.add(row, found)
+            _note_copy(row, copies, report)
+            yield row
+        pace.tick(report.good + report.bad, f"{report.bad} bad")
+    if not report.good + report.bad:
+        raise ManifestError(f"{manifest} holds no rows")
+
+
+def _note_copy(row: ManifestRow, copies: Copies, report: Report) -> None:
+    first, same_file = copies.first_row(row)
+    if first is not None:
+        report.add_warning(
+            row,
+            "duplicate_content",
+            f"the same bytes, window and caption as row {first} under another name; "
+            "preprocess stores its latents once",
+        )
+    elif same_file != row.path:
+        report.add_copy()

@@ -1,4 +1,5 @@
-"""What is told about a clip: by its file (`ClipInfo`) and by the frames taken from it (`ClipRecord`).
+"""What is told about a clip: by its file (`ClipInfo`), by the settings it meets (`Placed`), and by the
+frames taken from it (`ClipRecord`).
 
 Plain values only: both travel as JSON between processes and into the sample's metadata.
 """
@@ -38,6 +39,38 @@ class ClipInfo:
     interlaced: bool
     alpha: bool
     file_bytes: int
+    variable_rate: bool = False
+    """Whether the pictures keep no constant rate."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decode of every picture of a window found."""
+
+    num_pictures: int
+    """That came out sound."""
+    num_damaged: int
+    """Whose packet gives an error, or that the decoder flags, or that follow one before the next clean
+    key picture."""
+    num_hidden: int
+    """Packets that silently give no picture."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What will become of a row, known before its pictures are decoded."""
+
+    info: ClipInfo
+    bucket: int
+    """Position in the config's buckets."""
+    num_available: int
+    """Frames its window fills without repeating or blending."""
+    num_clips: int
+    """Samples it makes: 1, or more where `frames.clips` says so."""
+    notes: list[str]
+    """What a person should know of how its frames are chosen, one sentence each."""
+    decoded: Decoded | None
+    """Where a full check was asked for."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +99,10 @@ class ClipRecord:
     """Positions blended from two pictures."""
     duplicated: list[int]
     """Positions that repeat the picture before them."""
+    clip: int
+    """Which of the clips of its row this is, from 0."""
+    num_decoded: int
+    """Pictures the decoder made for it, the last time through; the others were not needed."""
     repaired: list[int]
     """Positions whose picture was undecodable: they hold its nearest decodable neighbour."""
     frame_weights: list[float]

@@ -1,6 +1,6 @@
 """Opening a video file safely.
 
-In: a path and limits. Out: an open `Video`: container, video stream, single-threaded decoder; or ClipError
+In: a path and limits. Out: an open `Video`: container, video stream, decoder; or ClipError
 with what is wrong. Only regular files, only file formats that hold everything themselves, only the file
 protocol: nothing a file says can make FFmpeg open another one.
 """
@@ -41,7 +41,7 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 @dataclass(frozen=True)
 class Video:
-    """An open file: its video stream and a single-threaded decoder for it."""
+    """An open file: its video stream and a decoder for it."""
 
     path: str
     container: InputContainer
@@ -65,7 +65,7 @@ class Video:
 
 
 @contextmanager
-def open_video(path: str | Path, *, limits: LimitsConfig) -> Iterator[Video]:
+def open_video(path: str | Path, *, limits: LimitsConfig, threads: int = 1) -> Iterator[Video]:
     """Open `path` and find its video stream and decoder; ClipError says what is wrong with the file."""
     path = str(path)
     file_bytes = _regular_file_bytes(path, limits)
@@ -85,7 +85,7 @@ def open_video(path: str | Path, *, limits: LimitsConfig) -> Iterator[Video]:
         for other in container.streams:
             if other is not stream:
                 other.discard = Discard.all
-        decoder = _decoder(stream)
+        decoder = _decoder(stream, threads)
         check_pixels(decoder.width, decoder.height, limits)
         yield Video(path, container, stream, decoder, file_bytes)
 
@@ -141,7 +141,7 @@ def _video_stream(container: InputContainer) -> VideoStream | None:
     return next((s for s in candidates if not s.disposition & Disposition.attached_pic), None)
 
 
-def _decoder(stream: VideoStream) -> VideoCodecContext:
+def _decoder(stream: VideoStream, threads: int) -> VideoCodecContext:
     # A stream whose codec FFmpeg cannot name has no context, although the annotation promises one.
     decoder: VideoCodecContext | None = stream.codec_context
     if decoder is None:
@@ -151,6 +151,6 @@ def _decoder(stream: VideoStream) -> VideoCodecContext:
         assert isinstance(whole, VideoCodecContext)
         whole.width, whole.height = decoder.width, decoder.height
         decoder = whole
-    decoder.thread_count = 1
-    decoder.thread_type = ThreadType.NONE
+    decoder.thread_count = threads
+    decoder.thread_type = ThreadType.FRAME if threads > 1 else ThreadType.NONE
     return decoder

@@ -12,40 +12,34 @@ of order), the clip is decoded again in order. What that cannot decode either fa
   nearest intact neighbour in time and recorded as repaired. A clip with more than `limits.max_damage`
   of its wanted pictures damaged is refused: ClipError `damaged`.
 
+Lines of interlaced pictures are rebuilt from the pictures around, which are then decoded too. The first
+picture decides; where interlaced ones only turn up later, the clip is decoded once more.
+
 F frames, H, W pixels of the bucket.
 """
 
 from __future__ import annotations
 
-import bisect
-import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.clip import ClipRecord
-from pipeline.container import open_video
-from pipeline.frames import (
-    ONE,
-    Choice,
-    choose_frames,
-    frame_weights,
-    hard_cuts,
-    num_available,
-    unblended_at,
-)
-from pipeline.geometry import display_size, orientation_of
-from pipeline.normalize import Normalizer, color_of
-from pipeline.packets import read_packets
-from pipeline.pictures import PictureDecoder
-from pipeline.probe import first_picture
+from pipeline.color import check_color
+from pipeline.frames import frame_weights
+from pipeline.luma import luma_changes
+from pipeline.media import LastMedia, Media, open_media
+from pipeline.normalize import Normalizer
+from pipeline.pictures import Backend, Outcome, PictureDecoder
+from pipeline.placement import Placement, Window, place
+from pipeline.take import Take
 from pipeline.timeline import Timeline
-from schemas.bucket import choose_bucket
-from schemas.config import BucketConfig, FramesConfig, LimitsConfig, ResizeConfig
+from schemas.config import BucketConfig, DecodeConfig, FramesConfig, LimitsConfig, PictureConfig, ResizeConfig
 from schemas.errors import ClipError
 
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_PICTURE, _DECODE = PictureConfig(), DecodeConfig()
 
 
 def decode_clip(
@@ -53,164 +47,132 @@ def decode_clip(
     *,
     start_s: float | None = None,
     end_s: float | None = None,
+    clip: int = 0,
     frames: FramesConfig,
     buckets: Sequence[BucketConfig],
     resize: ResizeConfig,
+    picture: PictureConfig = _PICTURE,
+    decode: DecodeConfig = _DECODE,
     limits: LimitsConfig,
     buffer: np.ndarray | None = None,
+    last: LastMedia | None = None,
 ) -> tuple[np.ndarray, int, ClipRecord]:
     """Frames [F, H, W, 3] of the clip, the position of their bucket, and their record.
 
-    `buffer`, flat uint8 large enough for any bucket, takes the frames if given; the result is then a view
-    of it. ClipError where the file or the window cannot become a sample.
+    `clip`: which of the clips of its window. `buffer`, flat uint8 large enough for any bucket, takes the
+    frames if given; the result is then a view of it. `last` keeps the file open for its next row.
+    ClipError where the file or the window cannot become a sample.
     """
-    with open_video(path, limits=limits) as video:
-        packets = read_packets(video, limits=limits)
-        first = first_picture(video, packets, limits=limits)
-        color, orientation = color_of(first), orientation_of(first)
-        shown = display_size(first.width, first.height, sar=video.sar, orientation=orientation)
+    window = Window(frames, buckets, start_s, end_s, clip)
+    settings = _Settings(window, resize, picture, decode, limits, buffer)
+    with (open_media if last is None else last.open)(path, limits=limits, threads=decode.threads) as media:
+        check_color(media.color, picture)
+        rebuild = picture.deinterlace == "bwdif" and decode.backend == "pyav"
+        made = _make(media, settings, deinterlace=rebuild and media.info.interlaced)
+        if rebuild and made.normalizer.interlaced and not media.info.interlaced:
+            made = _make(media, settings, deinterlace=True)
+        result = made.take.finish()
+        return result, made.placement.position, _record(media, made, clip=clip)
 
-        def take(timeline: Timeline, intact: Collection[int] | None = None) -> tuple[_Take, Normalizer]:
-            timeline = timeline.window(start_s, end_s)
-            available = num_available(timeline.duration_s, len(timeline.pts), frames=frames)
-            position = choose_bucket(buckets, width=shown[0], height=shown[1], num_pictures=available)
-            bucket = buckets[position]
-            choice = choose_frames(timeline, num_frames=bucket.num_frames, frames=frames)
-            taken = _Take(
-                timeline,
-                choice,
-                position=position,
-                intact=intact,
-                bucket=bucket,
-                limits=limits,
-                buffer=buffer,
-            )
-            return taken, Normalizer(bucket, resize=resize, sar=video.sar)
 
-        notes = [packets.damage] if packets.damage else []
-        decoder = PictureDecoder(video, packets, limits=limits)
-        taken, normalizer = take(packets.timeline)
-        outcome = decoder.planned(taken.homes, normalizer)
-        if outcome.doubt:
-            notes.append(f"decoded in order: {outcome.doubt}")
-            outcome = decoder.in_order(taken.homes, normalizer)
-            if not outcome.intact.issuperset(taken.homes):
-                hidden = set(packets.timeline.pts) - outcome.intact - outcome.damaged - outcome.failed
-                if hidden:
-                    notes.append(f"{len(hidden)} of {len(packets.timeline.pts)} packets show no picture")
-                taken, normalizer = take(packets.timeline.without(hidden), outcome.intact)
-                outcome = decoder.in_order(taken.homes, normalizer)
-                if not outcome.intact.issuperset(taken.homes):
-                    raise ClipError("damaged", f"its pictures do not decode twice alike: {outcome.doubt}")
-        result = taken.finish()
-        record = ClipRecord(
-            codec=video.codec,
-            container=video.container_name,
-            source_width=first.width,
-            source_height=first.height,
-            rotation=orientation.rotation,
-            sar=f"{video.sar.numerator}:{video.sar.denominator}",
-            source_fps=taken.timeline.fps,
-            duration_s=taken.timeline.duration_s,
-            num_pictures=len(taken.timeline.pts),
-            pts_s=[round(taken.timeline.seconds(tick), 6) for tick in taken.choice.ticks],
-            coverage=taken.choice.coverage,
-            effective_fps=taken.effective_fps,
-            interpolated=taken.choice.interpolated,
-            duplicated=taken.choice.duplicated,
-            repaired=taken.repaired,
-            frame_weights=frame_weights(taken.choice, taken.timeline),
-            color_matrix=color.matrix,
-            color_range=color.range,
-            color_rule=color.rule,
-            color_transfer=color.transfer,
-            interlaced=normalizer.interlaced,
-            notes=notes + normalizer.notes,
+@dataclass(frozen=True)
+class _Settings:
+    window: Window
+    resize: ResizeConfig
+    picture: PictureConfig
+    decode: DecodeConfig
+    limits: LimitsConfig
+    buffer: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A sample whose pictures are decoded."""
+
+    placement: Placement
+    take: Take
+    normalizer: Normalizer
+    outcome: Outcome
+    notes: list[str]
+
+
+def _make(media: Media, settings: _Settings, *, deinterlace: bool) -> _Made:
+    """Place the sample, decode its pictures by plan, and where that is in doubt, in order."""
+    frames, limits = settings.window.frames, settings.limits
+    timeline = media.packets.timeline
+    pictures = PictureDecoder(media, limits=limits)
+    notes = [media.packets.damage] if media.packets.damage else []
+    changes: dict[int, float] | None = None
+
+    def prepare(
+        timeline: Timeline, intact: Collection[int] | None = None
+    ) -> tuple[Placement, Take, Normalizer]:
+        placement = place(media, timeline, settings.window, changes)
+        bucket = settings.window.buckets[placement.position]
+        take = Take(
+            placement.timeline,
+            placement.choice,
+            intact=intact,
+            bucket=bucket,
+            limits=limits,
+            buffer=settings.buffer,
         )
-    return result, taken.position, record
+        pictures.deinterlace = timeline.pts if deinterlace else None
+        normalizer = Normalizer(bucket, resize=settings.resize, picture=settings.picture, sar=media.video.sar)
+        return placement, take, normalizer
+
+    if frames.policy == "keyframe" and frames.activity == "exact":
+        changes, hidden = luma_changes(pictures, settings.window.cut(timeline))
+        timeline = timeline.without(hidden)
+    placement, take, normalizer = prepare(timeline)
+    decoder: Backend = pictures
+    if settings.decode.backend != "pyav":
+        from pipeline.backends import open_backend  # torch takes seconds to load
+
+        decoder = open_backend(media.video, media.packets, decode=settings.decode, limits=limits)
+    outcome = decoder.planned(take.homes, normalizer)
+    if outcome.doubt:
+        notes.append(f"decoded in order: {outcome.doubt}")
+        outcome = decoder.in_order(take.homes, normalizer)
+        hidden = outcome.hidden(timeline)
+        if not outcome.intact.issuperset(take.homes) or hidden & pictures.needed(take.homes):
+            timeline = timeline.without(hidden)
+            placement, take, normalizer = prepare(timeline, outcome.intact)
+            outcome = decoder.in_order(take.homes, normalizer)
+            if not outcome.intact.issuperset(take.homes):
+                raise ClipError("damaged", f"its pictures do not decode twice alike: {outcome.doubt}")
+    if len(timeline.pts) < (count := len(media.packets.timeline.pts)):
+        notes.append(f"{count - len(timeline.pts)} of {count} packets show no picture")
+    return _Made(placement, take, normalizer, outcome, notes)
 
 
-class _Take:
-    """One choice of pictures, the arrays they are decoded into, and the frames made of them."""
-
-    def __init__(
-        self,
-        timeline: Timeline,
-        choice: Choice,
-        *,
-        position: int,
-        intact: Collection[int] | None,
-        bucket: BucketConfig,
-        limits: LimitsConfig,
-        buffer: np.ndarray | None,
-    ) -> None:
-        self.timeline, self.choice, self.position = timeline, choice, position
-        self._sources = _sources(choice, timeline, intact, limits)
-        shape = (bucket.num_frames, bucket.height, bucket.width, 3)
-        if buffer is None:
-            buffer = np.empty(math.prod(shape), np.uint8)
-        self._frames = buffer[: math.prod(shape)].reshape(shape)
-        self.homes: dict[int, np.ndarray] = {}
-        """Tick of each picture to decode -> where: the first frame that shows it as it is, else aside."""
-        self._owners: dict[int, int] = {}
-        for i, (picture, blend) in enumerate(zip(choice.pictures, choice.blends, strict=True)):
-            if not blend:
-                self._owners.setdefault(self._sources[picture], i)
-        for tick in self._sources.values():
-            aside = tick not in self._owners
-            self.homes[tick] = np.empty(shape[1:], np.uint8) if aside else self._frames[self._owners[tick]]
-
-    @property
-    def effective_fps(self) -> float:
-        """Frames per second of source time; the source's own rate where time stands still."""
-        step = self.choice.step * self.timeline.time_base
-        return float(1 / step) if step else self.timeline.fps
-
-    @property
-    def repaired(self) -> list[int]:
-        """Frames made from a stand-in for a damaged picture."""
-        lost = {picture for picture, tick in self._sources.items() if tick != self.timeline.pts[picture]}
-        shown = zip(self.choice.pictures, self.choice.blends, strict=True)
-        return [i for i, (p, blend) in enumerate(shown) if p in lost or (blend and p + 1 in lost)]
-
-    def finish(self) -> np.ndarray:
-        """All frames, once `homes` are filled: copies for repeats, blends except across hard cuts."""
-        if self.choice.interpolated:
-            self.choice = unblended_at(self.choice, self._cuts(), timeline=self.timeline)
-        for i, (picture, blend) in enumerate(zip(self.choice.pictures, self.choice.blends, strict=True)):
-            tick = self._sources[picture]
-            if blend:
-                here = self.homes[tick].astype(np.uint16) * (ONE - blend)
-                there = self.homes[self._sources[picture + 1]].astype(np.uint16) * blend
-                self._frames[i] = (here + there + ONE // 2) // ONE
-            elif self._owners.get(tick) != i:
-                self._frames[i] = self.homes[tick]
-        return self._frames
-
-    def _cuts(self) -> set[int]:
-        """Pictures followed by a hard cut, judged on every fourth pixel."""
-        needed = self.choice.needed
-        luma = {p: self.homes[self._sources[p]][::4, ::4] @ _LUMA for p in needed}
-        return hard_cuts({p: float(np.abs(luma[p] - luma[p + 1]).mean()) for p in needed if p + 1 in luma})
-
-
-def _sources(
-    choice: Choice, timeline: Timeline, intact: Collection[int] | None, limits: LimitsConfig
-) -> dict[int, int]:
-    """Picture -> tick to take it from: its own, or once `intact` is known, its nearest intact neighbour's."""
-    sources = {picture: timeline.pts[picture] for picture in choice.needed}
-    if intact is None:
-        return sources
-    lost = [picture for picture, tick in sources.items() if tick not in intact]
-    if not intact or len(lost) > limits.max_damage * len(sources):
-        raise ClipError(
-            "damaged",
-            f"{len(lost)} of {len(sources)} wanted pictures are damaged, over limits.max_damage = "
-            f"{limits.max_damage}",
-        )
-    ordered = sorted(intact)
-    for picture in lost:
-        tick = sources[picture]
-        k = bisect.bisect_left(ordered, tick)
-        _, sources[picture] = min((abs(near - tick), near) for near in ordered[max(0, k - 1) : k + 1])
-    return sources
+def _record(media: Media, made: _Made, *, clip: int) -> ClipRecord:
+    info, take = media.info, made.take
+    interlaced = made.normalizer.interlaced or made.outcome.deinterlaced
+    rebuilt = ["interlaced: lines rebuilt by bwdif"] if made.outcome.deinterlaced else []
+    return ClipRecord(
+        codec=info.codec,
+        container=info.container,
+        source_width=info.width,
+        source_height=info.height,
+        rotation=info.rotation,
+        sar=info.sar,
+        source_fps=take.timeline.fps,
+        duration_s=take.timeline.duration_s,
+        num_pictures=len(take.timeline.pts),
+        pts_s=[round(take.timeline.seconds(tick), 6) for tick in take.choice.ticks],
+        coverage=take.choice.coverage,
+        effective_fps=take.effective_fps,
+        interpolated=take.choice.interpolated,
+        duplicated=take.choice.duplicated,
+        clip=clip,
+        num_decoded=made.outcome.num_decoded,
+        repaired=take.repaired,
+        frame_weights=frame_weights(take.choice, take.timeline, made.placement.activity),
+        color_matrix=info.color_matrix,
+        color_range=info.color_range,
+        color_rule=info.color_rule,
+        color_transfer=info.color_transfer,
+        interlaced=interlaced,
+        notes=[*made.notes, *take.choice.notes, *rebuilt, *made.normalizer.notes],
+    )

@@ -8,16 +8,20 @@ duplicates of content and edited captions change only what they must.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.commit import commit_once
 from pipeline.source import Source
+from pipeline.survey import survey
 from schemas.card import Card
+from schemas.config import PreprocessConfig
 from schemas.dataset import GENERATION_SCHEMA, Dataset, GenerationRow, generation_key
+from schemas.errors import ClipError
 from schemas.index import parquet_bytes
 from schemas.manifest import ManifestRow
 from schemas.sample import Family, caption_digest, sample_id
@@ -55,7 +59,7 @@ class _Allotment:
         return self.units[key]
 
 
-_LATENT_FIELDS = ("path", "source", "source_digest", "size", "mtime_ns", "start_s", "end_s")
+_LATENT_FIELDS = ("path", "source", "source_digest", "size", "mtime_ns", "start_s", "end_s", "clip")
 
 
 def known_sources(dataset: Dataset) -> dict[tuple[str, int, int], str]:
@@ -65,6 +69,27 @@ def known_sources(dataset: Dataset) -> dict[tuple[str, int, int], str]:
         for table in dataset.generations()
         for row in table.to_pylist()
     }
+
+
+def split_into_clips(
+    rows: Sequence[ManifestRow], config: PreprocessConfig, *, dataset: Dataset, sources: Mapping[str, Source]
+) -> list[ManifestRow]:
+    """One row per clip, where `frames.clips` makes several of a row.
+
+    How many there are depends on the file alone, so a row that the dataset knows with the same content
+    keeps its number; the others are looked at. A row that cannot be placed stays one: its unit will say why.
+    """
+    if config.frames.clips == "head":
+        return list(rows)
+    known = Counter((*generation_key(row)[:-1], row["source_digest"]) for row in dataset.live_rows())
+
+    def key(row: ManifestRow) -> tuple[object, ...]:
+        return (*row.key[:-1], sources[row.path].digest)
+
+    new = [row for row in rows if key(row) not in known]
+    for row, found in survey(new, config):
+        known[key(row)] = 1 if isinstance(found, ClipError) else found.num_clips
+    return [replace(row, clip=clip) for row in rows for clip in range(known[key(row)])]
 
 
 def add_generation(
@@ -116,6 +141,7 @@ def _changes(
             source.digest,
             start_s=row.start_s,
             end_s=row.end_s,
+            clip=row.clip,
             fingerprint=card.family_fingerprint("latents"),
         )
         extra = json.dumps(row.extra, sort_keys=True, default=str) if row.extra else ""
@@ -139,6 +165,7 @@ def _changes(
                 "source_digest": source.digest,
                 "start_s": row.start_s,
                 "end_s": row.end_s,
+                "clip": row.clip,
                 "caption": row.caption,
                 "caption_digest": caption_key,
                 "unit": latents.unit_of(key),

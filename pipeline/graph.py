@@ -25,7 +25,7 @@ import pyarrow as pa
 from pipeline.commit import TEMP_PREFIX, commit_once, make_folder, replace
 from pipeline.discover import discover
 from pipeline.executor import open_executor
-from pipeline.generation import Unit, add_generation, known_sources, pending_units
+from pipeline.generation import Unit, add_generation, known_sources, pending_units, split_into_clips
 from pipeline.progress import Tally, gated_failures, track
 from pipeline.source import identify
 from pipeline.text_encode import load_text_encoder
@@ -59,8 +59,10 @@ def preprocess(config: PreprocessConfig) -> tuple[dict[str, Any], bool]:
     # Identity of every file, then one generation that holds what changed since the last run.
     known = known_sources(dataset)
     sources = identify([row.path for row in rows], mode=config.identity, known=known)
-    changed = add_generation(dataset, card, rows=rows, sources=sources, unit_rows=config.units.rows)
-    _say(f"{len(rows)} rows: {changed['added']} new, {changed['removed']} removed since the last run")
+    clips = split_into_clips(rows, config, dataset=dataset, sources=sources)
+    changed = add_generation(dataset, card, rows=clips, sources=sources, unit_rows=config.units.rows)
+    into = f" make {len(clips)} clips" if len(clips) > len(rows) else ""
+    _say(f"{len(rows)} rows{into}: {changed['added']} new, {changed['removed']} removed since the last run")
 
     # Prompts first, in their own pass over unique captions; then latents, one worker per unit.
     pending: dict[Family, list[Unit]] = {
@@ -73,7 +75,8 @@ def preprocess(config: PreprocessConfig) -> tuple[dict[str, Any], bool]:
     index, quarantine = build_tables(dataset, card)
     replace(dataset.index_path, parquet_bytes(index))
     replace(dataset.quarantine_path, parquet_bytes(quarantine))
-    summary = summarize(dataset, config, card, rows=len(rows), index=index, quarantine=quarantine, run=run)
+    asked = {"rows": len(rows), "clips": len(clips)}
+    summary = summarize(dataset, config, card, asked=asked, index=index, quarantine=quarantine, run=run)
     replace(dataset.summary_path, (json.dumps(summary, indent=1) + "\n").encode())
     return summary, run is not None
 
@@ -100,7 +103,9 @@ def manifest_items(manifest: Path) -> Iterator[ManifestRow | RowProblem]:
 def wanted_card(config: PreprocessConfig) -> Card:
     """The card that this config asks for; ConfigError where an encoder cannot take a bucket."""
     video = load_video_encoder(config.video_encoder)
-    check_buckets(config.buckets, video.geometry)
+    check_buckets(
+        config.buckets, video.geometry, target=config.target, text_length=config.text_encoder.max_length
+    )
     text = load_text_encoder(config.text_encoder)
     versions = {name: _version(name) for name in _VERSIONED}
     return make_card(
@@ -175,7 +180,7 @@ def summarize(
     config: PreprocessConfig,
     card: Card,
     *,
-    rows: int,
+    asked: dict[str, int],
     index: pa.Table,
     quarantine: pa.Table,
     run: dict[str, Any] | None,
@@ -187,10 +192,10 @@ def summarize(
     gated = gated_failures(reasons)
     buckets = Counter(index["bucket"].to_pylist())
     return {
-        "rows": rows,
+        **asked,
         "kept": index.num_rows,
         "quarantined": quarantine.num_rows,
-        "quarantine_rate": round(gated / rows, 4),
+        "quarantine_rate": round(gated / asked["clips"], 4),
         "reasons": dict(reasons.most_common()),
         "buckets": dict(buckets.most_common()),
         "num_tokens": sum(index["num_tokens"].to_pylist()),

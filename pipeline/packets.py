@@ -2,8 +2,8 @@
 
 In: an open `Video`. Out: `Packets`: payloads in decode order, and the timeline they add up to. Payloads are
 kept, so the decoder can be fed any part again without a second open and without a seek (seeks are
-inexact or broken in several containers). Above `KEEP_BYTES` only their outline is kept and every reading
-goes through the file again: more reading, bounded memory.
+inexact or broken in several containers). Above `KEEP_BYTES` only their outline is kept and what is needed
+is read again: more reading, bounded memory.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from typing import NamedTuple
 
 import av
 from av.packet import Packet
 from av.video.stream import VideoStream
 
-from pipeline.container import Video, open_container
+from pipeline.container import Video
+from pipeline.reread import Outline, Rereader
 from pipeline.timeline import Timeline
 from schemas.config import LimitsConfig
 from schemas.errors import ClipError
@@ -35,8 +35,8 @@ class Packets:
     timeline: Timeline
     pts: Sequence[int | None]
     keys: Sequence[bool]
-    kept: Sequence[Packet[VideoStream]] | None
-    """None above KEEP_BYTES."""
+    kept: Sequence[Packet[VideoStream]] | Rereader
+    """The packets, or above KEEP_BYTES what gets them again."""
     timed: bool
     """False where packets carry no timestamps (raw streams) or number the decode order (B-pictures in
     AVI): the n-th picture to come out is then the n-th of the timeline."""
@@ -45,26 +45,17 @@ class Packets:
 
     def read(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Packet[VideoStream]]]:
         """(position, packet) of every packet in `spans`: sorted, disjoint, both ends included."""
-        if self.kept is not None:
+        if isinstance(self.kept, Rereader):
+            yield from self.kept.read(spans)
+        else:
             for first, last in spans:
                 for i in range(first, last + 1):
                     yield i, self.kept[i]
-            return
-        with open_container(self.video.path) as container:
-            stream = container.streams[self.video.stream.index]
-            assert isinstance(stream, VideoStream)
-            packets = enumerate(packet for packet in container.demux(stream) if packet.size)
-            for first, last in spans:
-                for i, packet in packets:
-                    if i >= first:
-                        yield i, packet
-                    if i == last:
-                        break
 
 
 def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
     """Read every packet once, without decoding; ClipError over a limit or when there is none."""
-    outline: list[_Outline] = []
+    outline: list[Outline] = []
     kept: list[Packet[VideoStream]] | None = []
     total_bytes, damage = 0, ""
     try:
@@ -81,8 +72,14 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
             if kept is not None:
                 kept.append(packet)
             outline.append(
-                _Outline(
-                    packet.pts, packet.duration or 0, packet.size, packet.is_keyframe, not packet.is_discard
+                Outline(
+                    packet.pts,
+                    packet.dts,
+                    packet.pos,
+                    packet.duration or 0,
+                    packet.size,
+                    packet.is_keyframe,
+                    not packet.is_discard,
                 )
             )
     except MemoryError as error:
@@ -101,34 +98,31 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
     known = [tick for tick in pts if tick is not None]
     numbered = video.container_name == "avi" and video.decoder.has_b_frames and known == sorted(known)
     timed = _mostly_timed(outline) and not numbered
-    return Packets(video, timeline, pts, [packet.key for packet in outline], kept, timed, damage)
+    keys = [packet.key for packet in outline]
+    return Packets(
+        video, timeline, pts, keys, Rereader(video, outline) if kept is None else kept, timed, damage
+    )
 
 
-class _Outline(NamedTuple):
-    """What stays of a packet when its payload does not."""
-
-    pts: int | None
-    duration: int
-    size: int
-    key: bool
-    shown: bool
-
-
-def _mostly_timed(outline: Sequence[_Outline]) -> bool:
+def _mostly_timed(outline: Sequence[Outline]) -> bool:
     """Whether timestamps can be relied on; the second packet of a field pair may lack one."""
     return 2 * sum(packet.pts is not None for packet in outline) >= len(outline)
 
 
-def _timeline(outline: Sequence[_Outline], stream: VideoStream) -> Timeline:
+def _timeline(outline: Sequence[Outline], stream: VideoStream) -> Timeline:
     """Presentation order of the packets that show a picture; without timestamps, a constant rate."""
     rate = stream.guessed_rate or stream.average_rate or Fraction(25)
     if not _mostly_timed(outline):
-        pictures = {i: packet._replace(duration=1) for i, packet in enumerate(outline)}
+        pictures, backward = {i: packet._replace(duration=1) for i, packet in enumerate(outline)}, set[int]()
         time_base = 1 / rate
     else:
-        pictures = {}
+        pictures, backward = {}, set()
+        latest: int | None = None
         for packet in outline:
             if packet.pts is not None and packet.shown:
+                if latest is not None and packet.pts < latest:
+                    backward.add(packet.pts)
+                latest = packet.pts if latest is None else max(latest, packet.pts)
                 twin = pictures.get(packet.pts)
                 pictures[packet.pts] = packet if twin is None else packet._replace(key=packet.key or twin.key)
         time_base = stream.time_base or 1 / rate
@@ -146,4 +140,5 @@ def _timeline(outline: Sequence[_Outline], stream: VideoStream) -> Timeline:
         end=pts[-1] + last,
         sizes=tuple(pictures[tick].size for tick in pts),
         keys=tuple(pictures[tick].key for tick in pts),
+        backward=tuple(tick in backward for tick in pts),
     )

@@ -20,9 +20,13 @@ STAGES = ("load", "decode", "encode", "write")
 """What a worker's wall clock goes to; decoding runs in its child, beside the others."""
 
 
+_ASKED_FOR = ("too_short", "hdr")
+"""Reasons that a setting asks for: `frames.short`, `frames.max_slowdown`, `picture.hdr`."""
+
+
 def gated_failures(reasons: Mapping[str, int]) -> int:
-    """Failed clips that speak against the run; short clips are dropped because that was asked for."""
-    return sum(count for reason, count in reasons.items() if reason != "too_short")
+    """Failed clips that speak against the run: not those dropped because a setting asks for it."""
+    return sum(count for reason, count in reasons.items() if reason not in _ASKED_FOR)
 
 
 @dataclass

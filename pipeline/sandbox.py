@@ -24,18 +24,21 @@ from typing import Any, Self
 import numpy as np
 
 from pipeline.child_process import START_TIMEOUT_S, ChildProcess
-from pipeline.clip import ClipInfo, ClipRecord
-from schemas.config import BucketConfig, FramesConfig, LimitsConfig, ResizeConfig
+from pipeline.clip import ClipInfo, ClipRecord, Decoded, Placed
+from schemas.config import BucketConfig, DecodeConfig, FramesConfig, LimitsConfig, PictureConfig, ResizeConfig
 from schemas.errors import ClipError, RunError
+
+_PICTURE, _DECODE = PictureConfig(), DecodeConfig()
 
 
 @dataclass(frozen=True)
 class DecodeRequest:
-    """A file, or a time window of it in seconds from its first picture."""
+    """A file, or a time window of it in seconds from its first picture; and which of its clips."""
 
     path: str
     start_s: float | None = None
     end_s: float | None = None
+    clip: int = 0
 
 
 class Clip:
@@ -69,8 +72,8 @@ class Clip:
 class _Job:
     """One request on its way through a child."""
 
-    def __init__(self, number: int, request: DecodeRequest, *, is_probe: bool) -> None:
-        self.number, self.request, self.is_probe = number, request, is_probe
+    def __init__(self, number: int, request: DecodeRequest, *, is_placing: bool, full: bool = False) -> None:
+        self.number, self.request, self.is_placing, self.full = number, request, is_placing, full
         self.slot: int | None = None
         self.started = 0.0
         self.crashes = 0
@@ -94,6 +97,8 @@ class DecoderProcess:
         buckets: Sequence[BucketConfig],
         resize: ResizeConfig,
         limits: LimitsConfig,
+        picture: PictureConfig = _PICTURE,
+        decode: DecodeConfig = _DECODE,
         slots: int = 2,
         program: Sequence[str] = ("-m", "pipeline.sandbox_child"),
     ) -> None:
@@ -109,6 +114,8 @@ class DecoderProcess:
             "frames": frames.model_dump_json(),
             "buckets": [bucket.model_dump_json() for bucket in buckets],
             "resize": resize.model_dump_json(),
+            "picture": picture.model_dump_json(),
+            "decode": decode.model_dump_json(),
             "limits": limits.model_dump_json(),
             "slots": self._slot_fds,
             "slot_bytes": slot_bytes,
@@ -141,7 +148,7 @@ class DecoderProcess:
 
     def submit(self, request: DecodeRequest) -> None:
         """Ask for a clip; its decoding starts when a slot is free. Does not block."""
-        job = _Job(next(self._numbers), request, is_probe=False)
+        job = _Job(next(self._numbers), request, is_placing=False)
         self._clips.append(job)
         self._waiting.append(job)
         self._feed()
@@ -162,11 +169,14 @@ class DecoderProcess:
             release=lambda: self._free.append(slot),
         )
 
-    def probe(self, path: str) -> ClipInfo:
-        """Facts about a file; ClipError if it cannot be read."""
-        job = _Job(next(self._numbers), DecodeRequest(path), is_probe=True)
+    def place(self, request: DecodeRequest, *, full: bool = False) -> Placed:
+        """What would become of a clip, without decoding it, or with `full` after decoding every picture of
+        its window; ClipError where nothing would. `request.clip` plays no part."""
+        job = _Job(next(self._numbers), request, is_placing=True, full=full)
         self._waiting.append(job)
-        return ClipInfo(**self._finish(job)["info"])
+        placed: dict[str, Any] = self._finish(job)["placed"]
+        info, decoded = ClipInfo(**placed["info"]), placed["decoded"]
+        return Placed(**placed | {"info": info, "decoded": decoded and Decoded(**decoded)})
 
     def _finish(self, job: _Job) -> dict[str, Any]:
         """Run the child until `job` is answered; raise what the answer says."""
@@ -190,7 +200,7 @@ class DecoderProcess:
         for job in list(self._waiting):
             if self._sent and (job.crashes or self._sent[0].crashes):
                 return
-            if not job.is_probe:
+            if not job.is_placing:
                 if not self._free:
                     continue
                 job.slot = self._free.popleft()
@@ -199,7 +209,7 @@ class DecoderProcess:
                 self._child = ChildProcess(self._program, self._setup, keep_open=self._slot_fds)
             self._sent.append(job)
             job.started = time.monotonic()
-            self._child.send({"id": job.number, "slot": job.slot, **asdict(job.request)})
+            self._child.send({"id": job.number, "slot": job.slot, "full": job.full, **asdict(job.request)})
 
     def _listen(self) -> None:
         """Take one line from the child, or deal with its death or its slowness."""

@@ -2,8 +2,9 @@
 
 In: one JSON object a line on stdin. Out: one JSON object a line on what was stdout; frames go into shared
 memory that the parent made. The process gives up what it does not need before it touches a file: no
-file writes, no core dumps, no children, bounded memory, and it dies with its parent. It imports PyAV and
-numpy, never torch, so that a new one starts in a moment.
+file writes, no core dumps, no children, bounded memory, and it dies with its parent. It keeps the file it
+opened last, for the next row of it. It imports PyAV and numpy, never torch, so that a new one starts in a
+moment.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import av
 import numpy as np
 
 from pipeline.decode import decode_clip
-from pipeline.probe import probe
-from schemas.config import BucketConfig, FramesConfig, LimitsConfig, ResizeConfig
-from schemas.errors import ClipError, RunError
+from pipeline.media import LastMedia
+from pipeline.placement import place_clip
+from schemas.config import BucketConfig, DecodeConfig, FramesConfig, LimitsConfig, PictureConfig, ResizeConfig
+from schemas.errors import ClipError, ConfigError, RunError
 
 MAX_OPEN_FILES = 64
 _PR_SET_PDEATHSIG = 1
@@ -41,10 +43,13 @@ def serve(decode: Callable[..., Any] = decode_clip) -> None:
         "frames": FramesConfig.model_validate_json(setup["frames"]),
         "buckets": [BucketConfig.model_validate_json(bucket) for bucket in setup["buckets"]],
         "resize": ResizeConfig.model_validate_json(setup["resize"]),
+        "picture": PictureConfig.model_validate_json(setup["picture"]),
+        "decode": DecodeConfig.model_validate_json(setup["decode"]),
         "limits": LimitsConfig.model_validate_json(setup["limits"]),
+        "last": LastMedia(),
     }
     slots = [np.frombuffer(mmap.mmap(fd, setup["slot_bytes"]), np.uint8) for fd in setup["slots"]]
-    _give_up_rights(setup["parent"], settings["limits"].memory_bytes)
+    _give_up_rights(setup["parent"], settings["limits"].memory_bytes, settings["decode"])
     av.logging.set_level(av.logging.PANIC)
     _send(answers, {"at": time.monotonic()})
     for line in sys.stdin:
@@ -58,18 +63,21 @@ def _answer(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     try:
+        window = {"start_s": request["start_s"], "end_s": request["end_s"]}
         if request["slot"] is None:
-            return {"info": asdict(probe(request["path"], limits=settings["limits"]))}
+            known = {name: value for name, value in settings.items() if name not in ("resize", "decode")}
+            placed = place_clip(request["path"], full=request["full"], **window, **known)
+            return {"placed": asdict(placed)}
         frames, bucket, record = decode(
             request["path"],
-            start_s=request["start_s"],
-            end_s=request["end_s"],
+            clip=request["clip"],
             buffer=slots[request["slot"]],
+            **window,
             **settings,
         )
     except ClipError as error:
         return {"error": error.reason, "message": error.message}
-    except RunError as error:
+    except (RunError, ConfigError) as error:
         return {"fatal": str(error)}
     except MemoryError as error:
         return {"error": "limit_memory", "message": f"no memory: {error or type(error).__name__}"}
@@ -86,14 +94,13 @@ def _send(answers: TextIO, message: dict[str, Any]) -> None:
     answers.flush()
 
 
-def _give_up_rights(parent: int, memory_bytes: int) -> None:
-    for limit, value in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
-        (resource.RLIMIT_NPROC, 0),  # has no effect for root
-    ):
+def _give_up_rights(parent: int, memory_bytes: int, decode: DecodeConfig) -> None:
+    most = {resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: MAX_OPEN_FILES}
+    if decode.device == "cpu":  # CUDA reserves addresses far beyond what it uses
+        most[resource.RLIMIT_AS] = memory_bytes
+    if decode.backend == "pyav" and decode.threads == 1:  # a thread counts as a process
+        most[resource.RLIMIT_NPROC] = 0  # has no effect for root
+    for limit, value in most.items():
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))

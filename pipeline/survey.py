@@ -1,92 +1,90 @@
-"""What is in the files, without decoding: one probe a row, in parallel, in sandboxed children.
+"""What will become of each row, without decoding it: one look a row, in parallel, in sandboxed children.
 
-`validate` and `plan` both read this stream; memory does not grow with the manifest.
+`validate`, `plan` and `preprocess` read this stream. In: rows, as they come. Out: the same rows in order,
+each with what it makes or why it cannot be used; memory does not grow with the manifest. A child keeps
+the file it opened last, so neighbouring rows of one file go to one child, a few at a time so that a
+long file with many windows still fills all children.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from queue import SimpleQueue
 
-from pipeline.clip import ClipInfo
-from pipeline.frames import check_window, num_available
-from pipeline.sandbox import DecoderProcess
-from schemas.bucket import choose_bucket
-from schemas.config import BucketConfig, PreprocessConfig
+from pipeline.clip import Placed
+from pipeline.sandbox import DecodeRequest, DecoderProcess
+from schemas.config import PreprocessConfig
 from schemas.errors import ClipError
 from schemas.manifest import ManifestRow
 
-_WINDOW = 256
-"""Rows probed ahead of the reader."""
-
-
-@dataclass(frozen=True)
-class Surveyed:
-    """A row that can become a sample."""
-
-    info: ClipInfo
-    bucket: BucketConfig
-    num_available: int
-    """About how many frames its window fills without repeating or blending."""
+_NEIGHBOURS = 16
+"""Rows of one file that go to a child together."""
+_AHEAD = 64
+"""Rows per child that are looked at ahead of the reader."""
 
 
 def survey(
-    rows: Iterable[ManifestRow], config: PreprocessConfig
-) -> Iterator[tuple[ManifestRow, Surveyed | ClipError]]:
-    """Every row in order with what will become of it, or why it cannot become a sample."""
+    rows: Iterable[ManifestRow], config: PreprocessConfig, *, full: bool = False
+) -> Iterator[tuple[ManifestRow, Placed | ClipError]]:
+    """Every row in order with what will become of it, or why it cannot become a sample.
+
+    `full` decodes every picture of its window. RunError where the children do not work at all.
+    """
     workers = os.cpu_count() or 1
     idle: SimpleQueue[DecoderProcess] = SimpleQueue()
 
-    def probe(row: ManifestRow) -> Surveyed | ClipError:
+    def place(run: list[ManifestRow]) -> list[Placed | ClipError]:
         child = idle.get()
         try:
-            return _place(row, child.probe(row.path), config)
-        except ClipError as error:
-            return error
+            return [_place(child, row, full=full) for row in run]
         finally:
             idle.put(child)
 
     with ExitStack() as stack:
         for _ in range(workers):
-            idle.put(
-                stack.enter_context(
-                    DecoderProcess(
-                        frames=config.frames,
-                        buckets=config.buckets,
-                        resize=config.resize,
-                        limits=config.limits,
-                    )
-                )
+            child = DecoderProcess(
+                frames=config.frames,
+                buckets=config.buckets,
+                resize=config.resize,
+                limits=config.limits,
+                picture=config.picture,
+                decode=config.decode,
             )
-        pool = stack.enter_context(ThreadPoolExecutor(workers))
-        ahead: list[tuple[ManifestRow, Future[Surveyed | ClipError]]] = []
-        for row in rows:
-            ahead.append((row, pool.submit(probe, row)))
-            if len(ahead) >= _WINDOW:
-                first, found = ahead.pop(0)
-                yield first, found.result()
-        for first, found in ahead:
-            yield first, found.result()
+            idle.put(stack.enter_context(child))
+        pool = ThreadPoolExecutor(workers)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        ahead: deque[tuple[list[ManifestRow], Future[list[Placed | ClipError]]]] = deque()
+        waiting = 0
+        for run in _runs(rows):
+            ahead.append((run, pool.submit(place, run)))
+            waiting += len(run)
+            while waiting >= _AHEAD * workers:
+                first, found = ahead.popleft()
+                waiting -= len(first)
+                yield from zip(first, found.result(), strict=True)
+        while ahead:
+            first, found = ahead.popleft()
+            yield from zip(first, found.result(), strict=True)
 
 
-def _place(row: ManifestRow, info: ClipInfo, config: PreprocessConfig) -> Surveyed:
-    """The bucket of a row's window; ClipError where the window is empty or refused as too short."""
-    check_window(info, start_s=row.start_s, end_s=row.end_s)
-    window_s = min(row.end_s or info.duration_s, info.duration_s) - (row.start_s or 0.0)
-    share = window_s / info.duration_s if info.duration_s else 1.0
-    pictures = num_available(window_s, max(1, round(info.num_pictures * share)), frames=config.frames)
-    position = choose_bucket(
-        config.buckets, width=info.display_width, height=info.display_height, num_pictures=pictures
-    )
-    bucket = config.buckets[position]
-    if pictures < bucket.num_frames and config.frames.short in ("drop", "error"):
-        raise ClipError(
-            "too_short",
-            f"about {pictures} frames where the bucket asks for {bucket.num_frames} "
-            f"(frames.short = {config.frames.short!r})",
-        )
-    return Surveyed(info, bucket, pictures)
+def _place(child: DecoderProcess, row: ManifestRow, *, full: bool) -> Placed | ClipError:
+    try:
+        return child.place(DecodeRequest(row.path, start_s=row.start_s, end_s=row.end_s), full=full)
+    except ClipError as error:
+        return error
+
+
+def _runs(rows: Iterable[ManifestRow]) -> Iterator[list[ManifestRow]]:
+    """Neighbouring rows of one file, at most `_NEIGHBOURS` together."""
+    run: list[ManifestRow] = []
+    for row in rows:
+        if run and (row.path != run[-1].path or len(run) == _NEIGHBOURS):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run

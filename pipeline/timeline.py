@@ -1,7 +1,7 @@
 """When each picture of a video is on screen, known from its packets alone.
 
-In: one entry per picture. Out: sorted timestamps with the size and key flag of each picture, cut to a
-time window. Pure integers in the stream's time base, so that no rule built on them depends on
+In: one entry per picture. Out: sorted timestamps with the size and kind of each picture, cut to a time
+window. Pure integers in the stream's time base, so that no rule built on them depends on
 floating point. Zero seconds is the first picture, whatever the container's own start time.
 """
 
@@ -42,6 +42,14 @@ class Timeline:
     """Bytes of each picture's packet."""
     keys: tuple[bool, ...]
     """Whether each picture's packet is flagged as a key frame."""
+    backward: tuple[bool, ...]
+    """Whether a picture shown later is fed to the decoder before it, as for B-pictures: these are smaller
+    than others at the same activity."""
+
+    @property
+    def interval(self) -> Fraction:
+        """Ticks per picture; the mean where the rate varies."""
+        return (self.end - self.pts[0]) / Fraction(len(self.pts)) if self.grid is None else self.grid.interval
 
     @property
     def duration_s(self) -> float:
@@ -51,10 +59,7 @@ class Timeline:
     @property
     def fps(self) -> float:
         """Pictures per second; the mean where the rate varies."""
-        ticks = (
-            (self.end - self.pts[0]) / Fraction(len(self.pts)) if self.grid is None else self.grid.interval
-        )
-        return float(1 / (ticks * self.time_base))
+        return float(1 / (self.interval * self.time_base))
 
     @functools.cached_property
     def grid(self) -> Grid | None:
@@ -91,6 +96,7 @@ class Timeline:
             end=end,
             sizes=self.sizes[first:last],
             keys=self.keys[first:last],
+            backward=self.backward[first:last],
         )
 
     def without(self, pts: Collection[int]) -> Timeline:
@@ -103,6 +109,7 @@ class Timeline:
             pts=tuple(self.pts[i] for i in keep),
             sizes=tuple(self.sizes[i] for i in keep),
             keys=tuple(self.keys[i] for i in keep),
+            backward=tuple(self.backward[i] for i in keep),
         )
 
     def _tick(self, seconds: float) -> int:

@@ -162,6 +162,8 @@ class UnitWorker:
                 frames=self._config.frames,
                 buckets=self._config.buckets,
                 resize=self._config.resize,
+                picture=self._config.picture,
+                decode=self._config.decode,
                 limits=self._config.limits,
                 slots=DECODE_AHEAD,
             )
@@ -172,7 +174,8 @@ class UnitWorker:
         while True:
             for row, decoder in itertools.islice(turns, DECODE_AHEAD * self._num_decoders - len(waiting)):
                 _require_unchanged(row)
-                decoder.submit(DecodeRequest(row["path"], start_s=row["start_s"], end_s=row["end_s"]))
+                window = {name: row[name] for name in ("start_s", "end_s", "clip")}
+                decoder.submit(DecodeRequest(row["path"], **window))
                 waiting.append((row, decoder))
             if not waiting:
                 return

@@ -14,8 +14,11 @@ import pydantic
 
 from schemas.bucket import Geometry, bucket_name
 from schemas.config import (
+    AT_A_RATE,
     BucketConfig,
+    DecodeConfig,
     FramesConfig,
+    PictureConfig,
     PreprocessConfig,
     ResizeConfig,
     Settings,
@@ -27,7 +30,7 @@ from schemas.load import digest_of, open_sealed_json, sealed_json
 from schemas.sample import FORMAT_VERSION, Family
 from schemas.scaling import Scaling
 
-DECODE_RULES = 1
+DECODE_RULES = 2
 """Version of the rules that turn a file into frames (choice on timestamps, colour, rotation, resize);
 raised when the same file and settings would give other pixels."""
 
@@ -38,6 +41,8 @@ class CardSettings(Settings):
     frames: FramesConfig
     buckets: tuple[BucketConfig, ...]
     resize: ResizeConfig
+    picture: PictureConfig
+    decode: DecodeConfig
     video_encoder: VideoEncoderConfig
     text_encoder: TextEncoderConfig
 
@@ -86,13 +91,23 @@ def make_card(
         "frames.short": frames.short,
         "buckets": sorted(bucket_name(bucket) for bucket in config.buckets),
         "resize.mode": config.resize.mode,
+        "picture": config.picture.model_dump(mode="json"),
+        "decode.backend": config.decode.backend,
         "video_encoder.store": config.video_encoder.store,
         "video_encoder.dtype": config.video_encoder.dtype,
         "scaling": scaling.model_dump(mode="json"),
         **{f"video_encoder.{name}": value for name, value in video_fields.items()},
     }
-    if frames.policy == "fps":
+    if frames.max_slowdown is not None:
+        latents["frames.max_slowdown"] = frames.max_slowdown
+    if frames.policy == "keyframe":
+        latents |= {"frames.boost": frames.boost, "frames.activity": frames.activity}
+    if frames.policy in AT_A_RATE:
         latents |= {"frames.target_fps": frames.target_fps, "frames.clips": frames.clips}
+    if frames.clips == "slide":
+        latents["frames.slide_step"] = frames.slide_step
+    if config.decode.device != "cpu":
+        latents["decode.device"] = config.decode.device
     if config.video_encoder.store == "sample":
         latents["seed"] = config.seed
     prompts = {
@@ -109,6 +124,8 @@ def make_card(
             frames=frames,
             buckets=config.buckets,
             resize=config.resize,
+            picture=config.picture,
+            decode=config.decode,
             video_encoder=config.video_encoder,
             text_encoder=config.text_encoder,
         ),
@@ -136,7 +153,8 @@ def read_card(dataset: Path) -> Card:
         raise DatasetError(f"{path} is damaged: {error}") from error
     if tree.get("format_version") != FORMAT_VERSION:
         raise DatasetError(
-            f"{path}: expected format_version {FORMAT_VERSION}, found {tree.get('format_version')!r}"
+            f"{path}: expected format_version {FORMAT_VERSION}, found {tree.get('format_version')!r}; "
+            "run `latentpress preprocess` with this version into a new folder"
         )
     try:
         return Card.model_validate_json(json.dumps(tree))

@@ -28,20 +28,57 @@ class Settings(BaseModel):
 # ---------------------------------------------------------------------------- preprocess
 
 
+Policy = Literal[
+    "uniform",
+    "keyframe",
+    "fps",
+    "contiguous",
+    "cogvideox_floor",
+    "cogvideox_sat",
+    "finetrainers_linspace",
+    "ttt_exact",
+    "latentsync_contiguous",
+]
+AT_A_RATE = ("fps", "contiguous")
+"""Policies that run at `target_fps` and can make several clips of a row."""
+
+
 class FramesConfig(Settings):
     """Which pictures of a clip become its frames."""
 
-    policy: Literal["uniform", "fps"] = "uniform"
-    """`uniform`: the whole clip at stride S = total / num_frames. `fps`: resample, then truncate."""
+    policy: Policy = "uniform"
+    """`uniform`: the whole clip at stride S = total / num_frames. `keyframe`: the whole clip, denser where
+    it is active. `fps`: resampled to `target_fps`. `contiguous`: pictures at one whole-number stride,
+    the nearest to `target_fps`. The others repeat the frame arithmetic of the trainer they name,
+    index for index."""
     boost: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Reserved for a policy that follows activity; `uniform` and `fps` do not use it."""
+    """`keyframe`: weight of activity beside the even spread; 0 is `uniform`. No gap is longer than
+    (1 + boost) times S."""
+    activity: Literal["packets", "exact"] = "packets"
+    """`keyframe`: activity from packet sizes (free), or from the luma of every picture (decodes the clip
+    a second time)."""
     target_fps: PositiveFloat = 8.0
-    """Frames per second of policy `fps`."""
-    clips: Literal["head"] = "head"
-    """Policy `fps`: which part of a long clip is kept; `head` is the first num_frames."""
-    short: Literal["interpolate", "repeat_last", "drop", "error"] = "interpolate"
-    """A clip with fewer pictures than num_frames: blend in time, repeat the last picture,
-    quarantine it as `too_short`, or stop the run."""
+    """Frames per second of `fps` and `contiguous`."""
+    clips: Literal["head", "chunk", "slide"] = "head"
+    """`fps` and `contiguous`: the first num_frames, consecutive clips, or clips that overlap. Frames left
+    over at the end make no clip of their own."""
+    slide_step: Positive = 24
+    """`slide`: frames from the start of one clip to the start of the next."""
+    short: Literal["interpolate", "nearest", "repeat_last", "drop", "error"] = "interpolate"
+    """A clip with fewer pictures than num_frames: blend in time, show the nearest picture, repeat the last
+    one, quarantine it as `too_short`, or stop the run."""
+    max_slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """Most frames made of one picture, on average, when filling up (num_frames / pictures); above it
+    the clip is quarantined as `too_short`. Unset fills up any clip, and notes it above 2."""
+
+    @model_validator(mode="after")
+    def _clips_at_a_rate(self) -> FramesConfig:
+        if self.clips != "head" and self.policy not in AT_A_RATE:
+            raise ValueError(
+                f"clips = {self.clips!r} needs policy = {' or '.join(map(repr, AT_A_RATE))}; "
+                f"{self.policy!r} makes one clip of a row"
+            )
+        return self
 
 
 class BucketConfig(Settings):
@@ -60,6 +97,54 @@ class ResizeConfig(Settings):
 
     mode: Literal["cover_crop", "pad", "stretch"] = "cover_crop"
     """`cover_crop` fills and cuts the centre, `pad` fits with black bars, `stretch` distorts."""
+
+
+Level = Annotated[int, Field(ge=0, le=255)]
+
+
+class PictureConfig(Settings):
+    """What is done to pictures that are not plain progressive 8-bit video."""
+
+    deinterlace: Literal["bwdif", "off"] = "bwdif"
+    """Interlaced pictures: `bwdif` rebuilds the missing lines from the pictures around, `off` leaves both
+    fields woven together; both are recorded."""
+    hdr: Literal["tonemap", "quarantine", "keep"] = "tonemap"
+    """PQ and HLG clips: mapped to SDR BT.709, quarantined as `hdr`, or kept with their curve (they look
+    flat)."""
+    background: Annotated[tuple[Level, Level, Level], Field(strict=False)] = (0, 0, 0)
+    """Red, green, blue under transparent pixels."""
+
+
+class DecodeConfig(Settings):
+    """Who decodes."""
+
+    backend: Literal["pyav", "torchcodec", "decord"] = "pyav"
+    """`pyav`: the packet plan. The others decode what was chosen on the same timestamps; they convert
+    colours their own way, and read fewer files."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cuda`: NVDEC, `torchcodec` only."""
+    threads: Positive = 1
+    """Decoder threads a clip. More than one only helps with fewer clips than cores."""
+
+    @model_validator(mode="after")
+    def _who_has_cuda(self) -> DecodeConfig:
+        if self.device == "cuda" and self.backend != "torchcodec":
+            raise ValueError(f"device = 'cuda' needs backend = 'torchcodec', found {self.backend!r}")
+        return self
+
+
+class TargetConfig(Settings):
+    """Rules of the video model that will train on the latents: checked before anything runs, they
+    change no number."""
+
+    frame_multiple: Positive = 1
+    """num_frames must be a multiple of this, plus 1 (16 for whole seconds of CogVideoX 1.5 and TTT)."""
+    patch_size_t: Positive = 1
+    """Latent frames in a patch of the transformer; their number must divide (2 for CogVideoX 1.5)."""
+    token_multiple: Positive = 1
+    """Video and text tokens of a clip must be a multiple of this (64, TTT's mini-batch)."""
+    segment_frames: NonNegative = 0
+    """Frames a caption stands for, where a clip is told in segments (48, TTT's 3 s); 0: one caption."""
 
 
 class VideoEncoderConfig(Settings):
@@ -153,6 +238,9 @@ class PreprocessConfig(Settings):
         BucketConfig(num_frames=49, height=480, width=720),
     )
     resize: ResizeConfig = ResizeConfig()
+    picture: PictureConfig = PictureConfig()
+    decode: DecodeConfig = DecodeConfig()
+    target: TargetConfig = TargetConfig()
     video_encoder: VideoEncoderConfig = VideoEncoderConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     executor: ExecutorConfig = ExecutorConfig()

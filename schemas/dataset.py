@@ -28,6 +28,7 @@ GENERATION_SCHEMA = pa.schema(
         ("mtime_ns", pa.int64()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
+        ("clip", pa.int64()),  # which of the clips of the row, from 0
         ("caption", pa.string()),
         ("caption_digest", pa.string()),
         ("unit", pa.int64()),
@@ -42,7 +43,7 @@ GenerationRow = dict[str, Any]
 
 def generation_key(row: GenerationRow) -> tuple[Any, ...]:
     """What makes two rows of the generations the same row asked for."""
-    return (row["path"], row["start_s"], row["end_s"], row["caption"])
+    return (row["path"], row["start_s"], row["end_s"], row["caption"], row["clip"])
 
 
 class Dataset:

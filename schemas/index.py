@@ -32,6 +32,7 @@ QUARANTINE_SCHEMA = pa.schema(
         ("unit", pa.int64()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
+        ("clip", pa.int64()),
         ("caption", pa.string()),
     ]
 )
@@ -66,10 +67,14 @@ def index_schema(card: Card) -> pa.Schema:
             ("source_digest", pa.string()),
             ("start_s", pa.float64()),
             ("end_s", pa.float64()),
+            ("clip", pa.int64()),  # which of the clips of its row, from 0
             ("source_fps", pa.float64()),
+            ("effective_fps", pa.float64()),  # frames per second of source time
             ("pts_s", pa.list_(pa.float64())),  # source time of each frame
             ("coverage", pa.float64()),
             ("num_interpolated", pa.int64()),
+            ("num_duplicated", pa.int64()),
+            ("num_repaired", pa.int64()),
             ("frame_weights", pa.list_(pa.float32())),
             ("num_tokens", pa.int64()),  # video tokens at a 2 x 2 patch
             ("extra", pa.string()),
@@ -128,7 +133,8 @@ def _index_row(row: GenerationRow, latents: Located, prompt: Located, card: Card
     num_frames, height, width = sample.meta["num_frames"], sample.meta["height"], sample.meta["width"]
     return {
         **{name: row[name] for name in ("sample_id", "caption", "caption_digest", "source", "path")},
-        **{name: row[name] for name in ("source_digest", "start_s", "end_s", "extra", "unit", "prompt_unit")},
+        **{name: row[name] for name in ("source_digest", "start_s", "end_s", "clip", "extra")},
+        **{name: row[name] for name in ("unit", "prompt_unit")},
         "shard": commit.shard,
         "dtype": first.dtype,
         "shape": list(first.shape),
@@ -141,8 +147,10 @@ def _index_row(row: GenerationRow, latents: Located, prompt: Located, card: Card
         "height": height,
         "width": width,
         "bucket": f"{num_frames}x{height}x{width}",
-        **{name: clip[name] for name in ("source_fps", "pts_s", "coverage", "frame_weights")},
-        "num_interpolated": len(clip["interpolated"]),
+        **{
+            name: clip[name] for name in ("source_fps", "effective_fps", "pts_s", "coverage", "frame_weights")
+        },
+        **{f"num_{name}": len(clip[name]) for name in ("interpolated", "duplicated", "repaired")},
         "num_tokens": video_tokens(first.shape),
     }
 
@@ -157,7 +165,9 @@ def _located(tensors: dict[str, TensorRecord]) -> dict[str, Any]:
 
 def _failure_row(row: GenerationRow, failure: FailureRecord) -> dict[str, Any]:
     return {
-        **{name: row[name] for name in ("source", "sample_id", "unit", "start_s", "end_s", "caption")},
+        **{
+            name: row[name] for name in ("source", "sample_id", "unit", "start_s", "end_s", "clip", "caption")
+        },
         **{name: getattr(failure, name) for name in ("stage", "reason", "message", "attempts")},
     }
 

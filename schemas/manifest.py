@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import ManifestError
+from schemas.ledger import Ledger
 
 VIDEO_KEYS = ("video", "video_path", "path", "media_path", "file_name")
 CAPTION_KEYS = ("caption", "text", "cap")
@@ -44,11 +45,13 @@ class ManifestRow:
     end_s: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     """Columns carried through."""
+    clip: int = 0
+    """Which of the clips that `frames.clips` makes of the row, from 0; a manifest does not say."""
 
     @property
-    def key(self) -> tuple[str, float | None, float | None, str]:
+    def key(self) -> tuple[str, float | None, float | None, str, int]:
         """What makes two rows the same row."""
-        return (self.path, self.start_s, self.end_s, self.caption)
+        return (self.path, self.start_s, self.end_s, self.caption, self.clip)
 
 
 @dataclass(frozen=True)
@@ -127,43 +130,59 @@ def _first(cells: dict[str, Any], aliases: Sequence[str]) -> str:
     return next((key for key in aliases if cells.get(key) not in (None, "")), aliases[0])
 
 
+def checked_rows(
+    items: Iterable[ManifestRow | RowProblem], *, ledger: Ledger
+) -> Iterator[ManifestRow | RowProblem]:
+    """The same items in order, a missing file and a repeated row turned into problems.
+
+    What was seen is kept in `ledger`, on disk, so that memory does not grow with the rows.
+    """
+    for item in items:
+        if isinstance(item, RowProblem):
+            yield item
+        elif (problem := _file_problem(item)) is not None:
+            yield problem
+        elif (first := ledger.first_row("asked", item.key, item.number)) is not None:
+            message = f"repeats row {first} (same video, window and caption); remove one"
+            yield RowProblem(item.number, item.source, "duplicate", message)
+        else:
+            yield item
+
+
 def split_rows(
     items: Iterable[ManifestRow | RowProblem],
 ) -> tuple[list[ManifestRow], list[RowProblem]]:
     """Usable rows and problems; a missing file and a repeated row are problems too."""
     rows: list[ManifestRow] = []
     problems: list[RowProblem] = []
-    seen: dict[tuple[Any, ...], int] = {}
-    for item in items:
-        if isinstance(item, ManifestRow):
-            found = _file_problem(item)
-            if found is None and item.key in seen:
-                found = RowProblem(
-                    item.number,
-                    item.source,
-                    "duplicate",
-                    f"repeats row {seen[item.key]} (same video, window and caption); remove one",
-                )
-            if found is None:
-                seen[item.key] = item.number
+    with Ledger() as ledger:
+        for item in checked_rows(items, ledger=ledger):
+            if isinstance(item, ManifestRow):
                 rows.append(item)
-                continue
-            item = found
-        problems.append(item)
+            else:
+                problems.append(item)
     return rows, problems
 
 
 def write_manifest(path: Path, rows: Iterable[ManifestRow]) -> None:
-    """Rows as JSONL that `read_manifest` reads back; paths relative to it, but absolute ones stay so."""
+    """Rows as JSONL that `read_manifest` reads back; paths relative to it, but absolute ones stay so.
+
+    Written as they come under another name, and renamed when complete: `rows` may be read from `path`.
+    """
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            absolute = os.path.isabs(row.source)
-            video = row.source if absolute else os.path.relpath(row.path, path.resolve().parent)
-            window = {"start_s": row.start_s, "end_s": row.end_s}
-            given = {name: value for name, value in window.items() if value is not None}
-            cells = {"video": video, "caption": row.caption, **given, **row.extra}
-            file.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n")
+    folder = path.resolve().parent
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                video = row.source if os.path.isabs(row.source) else os.path.relpath(row.path, folder)
+                window = {"start_s": row.start_s, "end_s": row.end_s}
+                given = {name: value for name, value in window.items() if value is not None}
+                cells = {"video": video, "caption": row.caption, **given, **row.extra}
+                file.write(json.dumps(cells, ensure_ascii=False, default=str) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _file_problem(row: ManifestRow) -> RowProblem | None:

@@ -11,16 +11,19 @@ from typing import Any, Literal
 
 from schemas.config import Settings
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of everything in a dataset folder; raised when a reader of the old one would be wrong."""
 
 Family = Literal["latents", "prompts"]
 _ID_HEX = 32
 
 
-def sample_id(source_digest: str, *, start_s: float | None, end_s: float | None, fingerprint: str) -> str:
-    """Identity of one clip's latents: source bytes, time window, and every setting in `fingerprint`."""
-    return _digest("latents", source_digest, _seconds(start_s), _seconds(end_s), fingerprint)
+def sample_id(
+    source_digest: str, *, start_s: float | None, end_s: float | None, clip: int = 0, fingerprint: str
+) -> str:
+    """Identity of one clip's latents: source bytes, time window, the number of the clip in it, and every
+    setting in `fingerprint`."""
+    return _digest("latents", source_digest, _seconds(start_s), _seconds(end_s), str(clip), fingerprint)
 
 
 def caption_digest(caption: str, *, fingerprint: str) -> str:

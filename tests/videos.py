@@ -59,6 +59,7 @@ def make_video(
     pictures: Sequence[np.ndarray | VideoFrame] | None = None,
     options: dict[str, str] | None = None,
     container_format: str | None = None,
+    container_options: dict[str, str] | None = None,
 ) -> Path:
     """Write a video of `num_frames` numbered pictures, or of `pictures` (RGB arrays or ready frames).
 
@@ -68,7 +69,7 @@ def make_video(
     width, height = size
     if pictures is None:
         pictures = [draw(i, width=width, height=height) for i in range(num_frames)]
-    with av.open(str(path), "w", format=container_format) as container:
+    with av.open(str(path), "w", format=container_format, options=container_options) as container:
         stream = container.add_stream(codec, rate=fps, options=_OPTIONS.get(codec, {}) | (options or {}))
         assert isinstance(stream, VideoStream)
         stream.width, stream.height = width, height

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import decode
-from benchmarks.contenders import Target, spread
-from benchmarks.decode import Cell, ClipResult, Report, class_means, measure, numbers
+from benchmarks.contenders import Stream, Target, spread
+from benchmarks.decode import ALL, Cell, ClipResult, Report, class_means, measure, numbers
 from benchmarks.record import append_result
 from jobs import bench
 from schemas.errors import ConfigError
@@ -54,7 +54,10 @@ def test_contenders_read_the_same_clips_and_name_what_they_cannot(clips: Path) -
     assert list(report.versions) == LOCAL
     assert not report.missing
     by_name = {clip.clip: clip for clip in report.clips}
-    assert by_name["long.mp4"].codec == "h264"
+    assert by_name["long.mp4"].stream == Stream("h264", 96, 64, intra=False)
+    assert by_name["long.mp4"].kind == "h264 below HD"
+    assert by_name["text.mp4"].kind == "unknown"
+    assert [by_name["long.mp4"].cells[name].num_decoded for name in LOCAL] == [12, None, 30]
     for name in LOCAL:
         for clip, num_pictures in (("long.mp4", 30), ("short.mp4", 3)):
             cell = by_name[clip].cells[name]
@@ -110,28 +113,62 @@ def test_a_hang_or_a_crash_costs_one_job_and_the_child_starts_again(
 
 
 def made_report() -> Report:
-    def clip(name: str, codec: str, *seconds: float | None) -> ClipResult:
-        cells = [Cell(None, None, "error: no") if cpu_s is None else Cell(cpu_s, 30) for cpu_s in seconds]
-        return ClipResult(name, codec, dict(zip(("ours", "decord", "bare decode"), cells, strict=True)))
+    def clip(name: str, stream: Stream, num_decoded: int, *seconds: float | None) -> ClipResult:
+        cells = [
+            Cell(None, None, problem="error: no") if cpu_s is None else Cell(cpu_s, 30, num_decoded)
+            for cpu_s in seconds
+        ]
+        names = ("ours", "PyAV naive", "decord", "bare decode")
+        return ClipResult(name, stream, dict(zip(names, cells, strict=True)))
 
+    h264, intra = Stream("h264", 1280, 720, intra=False), Stream("h264", 1280, 720, intra=True)
+    av1 = Stream("av1", 640, 360, intra=True)
     clips = [
-        clip("a", "h264", 1.0, 2.0, 0.5),
-        clip("b", "h264", 2.0, 16.0, 1.0),
-        clip("c", "av1", 1.0, None, 1.0),
-        clip("d", "av1", None, 1.0, 1.0),
+        clip("a", h264, 20, 1.0, 4.0, 2.0, 0.5),
+        clip("b", h264, 30, 2.0, 18.0, 4.5, 1.0),
+        clip("c", intra, 5, 1.0, 1.0, 1.1, 3.0),
+        clip("d", av1, 30, 1.0, None, None, 1.0),
+        clip("e", av1, 30, None, 1.0, 1.0, 1.0),
     ]
-    versions = {"ours": "1", "decord": "2", "bare decode": "1"}
+    versions = {"ours": "1", "PyAV naive": "1", "decord": "2", "bare decode": "1"}
     return Report(TARGET, 2, 60.0, versions, {"torchcodec": "RuntimeError: no libavutil"}, clips)
 
 
 def test_means_are_geometric_and_over_clips_that_both_read() -> None:
-    h264, av1, everything = class_means(made_report())
-    assert (h264.codec, h264.num_clips) == ("h264", {"ours": 2, "decord": 2, "bare decode": 2})
-    assert h264.ratio == pytest.approx({"ours": 1.0, "decord": 4.0, "bare decode": 0.5})
+    h264, av1, intra, everything = class_means(made_report())
+    assert (h264.kind, h264.num_clips["ours"], h264.num_clips["decord"]) == ("h264 HD", 2, 2)
+    expected = {"ours": 1.0, "PyAV naive": 6.0, "decord": (2 * 2.25) ** 0.5, "bare decode": 0.5}
+    assert h264.ratio == pytest.approx(expected)
+    assert (h264.best_other, h264.goal) == ("decord", 1.8)
     assert h264.frames_per_s == pytest.approx(5 / 2**0.5)
+    assert (av1.kind, av1.best_other, av1.num_clips["decord"]) == ("av1", "", 0)
     assert av1.ratio == pytest.approx({"ours": 1.0, "bare decode": 1.0})
-    assert av1.num_clips["decord"] == 0
-    assert everything.num_clips == {"ours": 3, "decord": 2, "bare decode": 3}
+    assert (intra.kind, intra.best_other, intra.goal) == ("h264 intra", "PyAV naive", 1.2)
+    assert (everything.kind, everything.goal) == (ALL, None)
+    assert everything.num_clips == {"ours": 4, "PyAV naive": 3, "decord": 3, "bare decode": 4}
+
+
+def test_the_share_of_the_ceiling_counts_clips_of_which_every_picture_is_decoded() -> None:
+    h264, av1, intra, everything = class_means(made_report())
+    assert (h264.num_whole, av1.num_whole) == (1, 1)
+    assert h264.whole_share == pytest.approx(0.5)
+    assert av1.whole_share == pytest.approx(1.0)
+    assert (intra.num_whole, intra.whole_share) == (0, None)
+    assert everything.whole_share == pytest.approx(0.5**0.5)
+
+
+@pytest.mark.parametrize(
+    ("stream", "kind"),
+    [
+        (Stream("hevc", 720, 1280, intra=False), "hevc HD"),
+        (Stream("hevc", 1278, 720, intra=False), "hevc below HD"),
+        (Stream("h264", 96, 64, intra=True), "h264 intra"),
+        (Stream("mjpeg", 96, 64, intra=True), "mjpeg"),
+        (Stream("vp9", 1920, 1080, intra=False), "vp9"),
+    ],
+)
+def test_classes_are_codec_size_and_prediction(stream: Stream, kind: str) -> None:
+    assert ClipResult("a", stream, {}).kind == kind
 
 
 def test_the_command_prints_tables_and_writes_json_chart_and_record(
@@ -145,8 +182,11 @@ def test_the_command_prints_tables_and_writes_json_chart_and_record(
     out = capsys.readouterr().out
     assert code == 0
     assert "make bench-deps" in out
-    assert "decord: reads 3 of 4 clips" in out
-    assert "4.00x (2)" in out
+    assert "decord: reads 4 of 5 clips" in out
+    assert "2.12x (2)" in out
+    assert "2.12x met" in out
+    assert "1.00x short of 1.2x" in out
+    assert "0.50 short of 0.9" in out
     assert json.loads((tmp_path / "out.json").read_text()) == numbers(made_report())
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "decode.jsonl").read_text())

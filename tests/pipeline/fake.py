@@ -78,6 +78,9 @@ def write_unit(dataset: Dataset, card: Card, unit: Unit) -> UnitCommit:
                 "source_fps": 25.0,
                 "pts_s": [i / 25 for i in range(9)],
                 "coverage": 1.0,
+                "effective_fps": 8.0,
+                "duplicated": [],
+                "repaired": [],
                 "interpolated": [],
                 "frame_weights": [1.0] * 9,
             }

@@ -11,48 +11,16 @@ import pytest
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
+from pipeline.choice import ONE
 from pipeline.clip import ClipInfo
-from pipeline.frames import (
-    ONE,
-    check_window,
-    choose_frames,
-    frame_weights,
-    hard_cuts,
-    num_available,
-    unblended_at,
-)
+from pipeline.frames import check_window, choose_frames, frame_weights, num_available, num_clips
 from pipeline.timeline import Timeline
-from schemas.config import FramesConfig
-from schemas.errors import ClipError, RunError
+from schemas.config import AT_A_RATE, FramesConfig
+from schemas.errors import ClipError
+from tests.pipeline.timelines import any_timeline, constant, rounded, timeline, variable
 
 UNIFORM = FramesConfig(policy="uniform")
 NUM_FRAMES = st.integers(1, 80)
-
-
-def timeline(pts: list[int], *, last: int = 1, tick: Fraction = Fraction(1, 1000)) -> Timeline:
-    sizes, keys = (100,) * len(pts), (True,) + (False,) * (len(pts) - 1)
-    return Timeline(tick, pts[0], tuple(pts), pts[-1] + last, sizes, keys)
-
-
-@st.composite
-def constant(draw: st.DrawFn, max_pictures: int = 400) -> Timeline:
-    interval, count = draw(st.integers(1, 5000)), draw(st.integers(1, max_pictures))
-    start = draw(st.integers(-1000, 100_000))
-    return timeline([start + i * interval for i in range(count)], last=interval)
-
-
-@st.composite
-def variable(draw: st.DrawFn) -> Timeline:
-    gaps = draw(st.lists(st.integers(1, 3000), min_size=3, max_size=120))
-    pts = [draw(st.integers(-500, 500))]
-    for gap in gaps[:-1]:
-        pts.append(pts[-1] + gap)
-    return timeline(pts, last=gaps[-1])
-
-
-def rounded(fps: Fraction, count: int) -> Timeline:
-    """A constant rate stored in whole milliseconds, as Matroska and FLV do."""
-    return timeline([round(i * 1000 / fps) for i in range(count)], last=round(1000 / fps))
 
 
 @given(constant(), NUM_FRAMES)
@@ -77,22 +45,48 @@ def test_uniform_takes_the_picture_on_screen(clip: Timeline, num_frames: int) ->
         assert tick < (clip.pts[picture + 1] if picture + 1 < count else clip.end)
 
 
-@given(st.one_of(constant(), variable()), NUM_FRAMES, st.sampled_from(["interpolate", "repeat_last"]))
+POLICIES = [
+    {"policy": "uniform"},
+    {"policy": "keyframe", "boost": 2.0},
+    {"policy": "fps", "target_fps": 8.0},
+    {"policy": "fps", "target_fps": 29.97},
+    {"policy": "fps", "target_fps": 0.1},
+    {"policy": "contiguous", "target_fps": 8.0},
+    {"policy": "cogvideox_floor"},
+    {"policy": "cogvideox_sat"},
+    {"policy": "finetrainers_linspace"},
+    {"policy": "ttt_exact"},
+    {"policy": "latentsync_contiguous"},
+]
+
+
+@given(
+    any_timeline(),
+    NUM_FRAMES,
+    st.sampled_from(["interpolate", "nearest", "repeat_last"]),
+    st.sampled_from(POLICIES),
+)
 def test_any_clip_gives_the_right_number_of_frames_in_order(
-    clip: Timeline, num_frames: int, short: str
+    clip: Timeline, num_frames: int, short: str, policy: dict[str, object]
 ) -> None:
-    for policy, target_fps in (("uniform", 8.0), ("fps", 8.0), ("fps", 29.97), ("fps", 0.1)):
-        frames = FramesConfig.model_validate({"policy": policy, "target_fps": target_fps, "short": short})
+    frames = FramesConfig.model_validate({**policy, "short": short})
+    try:
         choice = choose_frames(clip, num_frames=num_frames, frames=frames)
-        assert len(choice.pictures) == len(choice.blends) == len(choice.ticks) == num_frames
-        assert choice.pictures[0] == 0
-        assert list(choice.pictures) == sorted(choice.pictures)
-        assert list(choice.ticks) == sorted(choice.ticks)
-        assert choice.needed[-1] < len(clip.pts)
-        assert all(0 <= blend < ONE for blend in choice.blends)
-        assert 0 < choice.coverage <= 1
-        weights = frame_weights(choice, clip)
-        assert statistics.fmean(weights) == pytest.approx(1.0, abs=1e-3)
+    except ClipError as error:
+        event(error.reason)
+        if error.reason not in ("policy_error", "policy_refused"):
+            raise
+        return
+    event(str(policy["policy"]))
+    assert len(choice.pictures) == len(choice.blends) == len(choice.ticks) == num_frames
+    assert choice.pictures[0] == 0 or "cogvideox_sat" in policy.values() or "latentsync" in str(policy)
+    assert list(choice.pictures) == sorted(choice.pictures)
+    assert list(choice.ticks) == sorted(choice.ticks)
+    assert choice.needed[-1] < len(clip.pts)
+    assert all(0 <= blend < ONE for blend in choice.blends)
+    assert 0 < choice.coverage <= 1
+    weights = frame_weights(choice, clip)
+    assert statistics.fmean(weights) == pytest.approx(1.0, abs=1e-3)
 
 
 @given(st.one_of(constant(80), variable()))
@@ -134,81 +128,6 @@ def test_fps_at_a_constant_rate_is_floor_of_i_times_the_ratio(
     assert choice.coverage == pytest.approx(min(1.0, num_frames / target / (count / fps)))
 
 
-@given(st.one_of(constant(60), variable()), st.integers(2, 80))
-def test_interpolation_runs_evenly_from_the_first_to_the_last_picture(
-    clip: Timeline, num_frames: int
-) -> None:
-    assume(len(clip.pts) < num_frames)
-    choice = choose_frames(clip, num_frames=num_frames, frames=UNIFORM)
-    assert (choice.pictures[0], choice.blends[0]) == (0, 0)
-    assert (choice.pictures[-1], choice.blends[-1]) == (len(clip.pts) - 1, 0)
-    for i in choice.interpolated:
-        before, after = clip.pts[choice.pictures[i]], clip.pts[choice.pictures[i] + 1]
-        tick = clip.pts[0] + i * Fraction(clip.pts[-1] - clip.pts[0], num_frames - 1)
-        assert choice.ticks[i] == tick
-        assert abs(choice.blends[i] - ONE * (tick - before) / (after - before)) <= Fraction(1, 2)
-    event(f"blends: {bool(choice.interpolated)}")
-
-
-def test_a_time_on_a_picture_is_that_picture_and_between_two_is_their_blend() -> None:
-    choice = choose_frames(timeline([0, 40, 80], last=40), num_frames=5, frames=UNIFORM)
-    assert choice.pictures == (0, 0, 1, 1, 2)
-    assert choice.blends == (0, 128, 0, 128, 0)
-    assert choice.interpolated == [1, 3]
-    assert choice.duplicated == []
-    assert choice.needed == [0, 1, 2]
-
-
-def test_nothing_is_blended_over_a_gap() -> None:
-    clip = timeline([0, 40, 80, 120, 1000, 1040], last=40)
-    choice = choose_frames(clip, num_frames=14, frames=UNIFORM)
-    for picture, blend in zip(choice.pictures, choice.blends, strict=True):
-        assert not (picture == 3 and blend)
-    assert {3, 4} <= set(choice.pictures)
-
-
-def test_hard_cuts_are_not_blended() -> None:
-    clip = timeline([0, 40, 80, 120], last=40)
-    choice = choose_frames(clip, num_frames=11, frames=UNIFORM)
-    cuts = hard_cuts({0: 4.0, 1: 70.0, 2: 6.0})
-    assert cuts == {1}
-    cut = unblended_at(choice, cuts, timeline=clip)
-    touched = [i for i in range(11) if choice.pictures[i] == 1 and choice.blends[i]]
-    assert touched
-    for i in range(11):
-        if i in touched:
-            assert cut.blends[i] == 0
-            assert cut.pictures[i] == (2 if choice.blends[i] >= ONE / 2 else 1)
-            assert cut.ticks[i] == clip.pts[cut.pictures[i]]
-        else:
-            assert (cut.pictures[i], cut.blends[i]) == (choice.pictures[i], choice.blends[i])
-
-
-def test_fast_motion_everywhere_is_no_cut() -> None:
-    assert hard_cuts({0: 30.0, 1: 35.0, 2: 28.0}) == set()
-    assert hard_cuts({}) == set()
-
-
-def test_too_few_pictures_by_rule() -> None:
-    clip = timeline([0, 40, 80], last=40)
-    repeated = choose_frames(clip, num_frames=5, frames=FramesConfig(short="repeat_last"))
-    assert repeated.pictures == (0, 1, 2, 2, 2)
-    assert repeated.duplicated == [3, 4]
-    assert repeated.step == 40
-    with pytest.raises(ClipError, match="3 pictures") as caught:
-        choose_frames(clip, num_frames=5, frames=FramesConfig(short="drop"))
-    assert caught.value.reason == "too_short"
-    with pytest.raises(RunError, match="5 frames are wanted"):
-        choose_frames(clip, num_frames=5, frames=FramesConfig(short="error"))
-
-
-def test_a_clip_too_short_at_its_target_rate_uses_the_pictures_it_has() -> None:
-    clip = timeline([i * 40 for i in range(75)], last=40)
-    choice = choose_frames(clip, num_frames=49, frames=FramesConfig(policy="fps", target_fps=8.0))
-    assert choice.interpolated == []
-    assert choice.pictures == tuple(i * 75 // 49 for i in range(49))
-
-
 @given(st.one_of(constant(), variable()), st.lists(st.integers(0, 20_000), min_size=1, max_size=4))
 def test_adjoining_windows_share_out_the_pictures(clip: Timeline, edges_ms: list[int]) -> None:
     edges = [None, *sorted(edge / 1000 for edge in set(edges_ms)), None]
@@ -245,10 +164,117 @@ def test_frames_that_carry_more_change_weigh_more() -> None:
     assert weights[0] == weights[1] < weights[2] < weights[3]
 
 
+def rate(policy: str, target_fps: float, **more: object) -> FramesConfig:
+    return FramesConfig.model_validate({"policy": policy, "target_fps": target_fps, **more})
+
+
 def test_what_a_bucket_can_count_on() -> None:
-    assert num_available(3.0, 75, frames=UNIFORM) == 75
-    assert num_available(3.0, 75, frames=FramesConfig(policy="fps", target_fps=8.0)) == 24
-    assert num_available(0.01, 1, frames=FramesConfig(policy="fps", target_fps=8.0)) == 1
+    clip = timeline([i * 40 for i in range(75)], last=40)
+    assert num_available(clip, frames=UNIFORM) == 75
+    assert num_available(clip, frames=rate("fps", 8.0)) == 24
+    assert num_available(clip, frames=rate("fps", 8.1)) == 25
+    assert num_available(clip, frames=rate("contiguous", 8.0)) == 25
+    assert num_available(timeline([0], last=10), frames=rate("fps", 8.0)) == 1
+
+
+@given(any_timeline(), NUM_FRAMES, st.sampled_from([0.5, 8.0, 29.97, 60.0]), st.sampled_from(AT_A_RATE))
+def test_what_is_available_is_never_filled_up(
+    clip: Timeline, num_frames: int, target_fps: float, policy: str
+) -> None:
+    frames = rate(policy, target_fps, short="drop")
+    available = num_available(clip, frames=frames)
+    event(f"enough: {available >= num_frames}")
+    if available >= num_frames:
+        assert len(choose_frames(clip, num_frames=num_frames, frames=frames).pictures) == num_frames
+    else:
+        with pytest.raises(ClipError, match=f"^{available} picture"):
+            choose_frames(clip, num_frames=num_frames, frames=frames)
+
+
+@given(any_timeline(), st.sampled_from([1.0, 5.0, 8.0, 25.0, 60.0]), NUM_FRAMES)
+def test_contiguous_keeps_one_stride_and_repeats_nothing(
+    clip: Timeline, target_fps: float, num_frames: int
+) -> None:
+    frames = rate("contiguous", target_fps)
+    assume(num_available(clip, frames=frames) >= num_frames > 1)
+    choice = choose_frames(clip, num_frames=num_frames, frames=frames)
+    (stride,) = {b - a for a, b in pairwise(choice.pictures)}
+    ratio = clip.fps / target_fps
+    assert stride == 1 or abs(stride - ratio) <= 0.5 + 1e-6 * ratio
+    assert choice.step == stride * clip.interval
+
+
+def test_contiguous_has_the_nearest_rate_the_source_allows() -> None:
+    film = rounded(Fraction(24000, 1001), 240)
+    choice = choose_frames(film, num_frames=49, frames=rate("contiguous", 8.0))
+    assert choice.pictures == tuple(range(0, 147, 3))
+    assert float(1 / (choice.step * film.time_base)) == pytest.approx(24000 / 1001 / 3, rel=1e-4)
+    slow = choose_frames(film, num_frames=49, frames=rate("contiguous", 60.0))
+    assert slow.pictures == tuple(range(49))
+
+
+@given(
+    any_timeline(),
+    st.sampled_from([1.0, 8.0, 29.97]),
+    st.integers(1, 30),
+    st.integers(1, 40),
+    st.sampled_from(AT_A_RATE),
+)
+def test_chunks_tile_and_slides_step_through_one_sequence(
+    clip: Timeline, target_fps: float, num_frames: int, slide_step: int, policy: str
+) -> None:
+    available = num_available(clip, frames=rate(policy, target_fps))
+    assume(available >= num_frames)
+    whole = choose_frames(clip, num_frames=available, frames=rate(policy, target_fps))
+    for clips, step in (("chunk", num_frames), ("slide", slide_step)):
+        frames = rate(policy, target_fps, clips=clips, slide_step=slide_step)
+        count = num_clips(clip, num_frames=num_frames, frames=frames)
+        # All full clips, and no room for another.
+        assert (count - 1) * step + num_frames <= available < count * step + num_frames
+        for k in {0, count // 2, count - 1}:
+            part = choose_frames(clip, num_frames=num_frames, frames=frames, clip=k)
+            assert part.pictures == whole.pictures[k * step : k * step + num_frames]
+            assert part.coverage == pytest.approx(
+                min(1.0, float(num_frames * whole.step / (clip.end - clip.pts[0])))
+            )
+        with pytest.raises(ClipError, match=f"clip {count} .* makes {count}$") as caught:
+            choose_frames(clip, num_frames=num_frames, frames=frames, clip=count)
+        assert caught.value.reason == "too_short"
+        event(f"several {clips} clips: {count > 1}")
+
+
+def test_chunks_and_slides_by_example() -> None:
+    clip = timeline([i * 40 for i in range(250)], last=40)  # 10 s at 25 fps: 80 frames at 8 fps
+    chunk = rate("fps", 8.0, clips="chunk")
+    assert num_clips(clip, num_frames=25, frames=chunk) == 3
+    second = choose_frames(clip, num_frames=25, frames=chunk, clip=1)
+    assert second.pictures == tuple(i * 25 // 8 for i in range(25, 50))
+    assert second.coverage == pytest.approx(25 / 80)
+    slide = rate("fps", 8.0, clips="slide", slide_step=10)
+    assert num_clips(clip, num_frames=25, frames=slide) == 6
+    assert choose_frames(clip, num_frames=25, frames=slide, clip=5).pictures[0] == 50 * 25 // 8
+    weights = frame_weights(second, clip)
+    assert weights == [1.0] * 25
+
+
+@pytest.mark.parametrize("clips", ["chunk", "slide"])
+def test_a_row_too_short_for_a_full_clip_makes_one(clips: str) -> None:
+    clip = timeline([i * 40 for i in range(25)], last=40)
+    frames = rate("fps", 8.0, clips=clips)
+    assert num_clips(clip, num_frames=49, frames=frames) == 1
+    assert len(choose_frames(clip, num_frames=49, frames=frames).interpolated) > 0
+    with pytest.raises(ClipError) as caught:
+        choose_frames(clip, num_frames=49, frames=rate("fps", 8.0, clips=clips, short="drop"))
+    assert caught.value.reason == "too_short"
+
+
+def test_the_rounding_of_ticks_makes_no_extra_clip() -> None:
+    clip = rounded(Fraction(24), 96)
+    frames = rate("fps", 24.0, clips="chunk")
+    assert num_available(clip, frames=frames) == 96
+    assert num_clips(clip, num_frames=48, frames=frames) == 2
+    last = choose_frames(clip, num_frames=48, frames=frames, clip=1)
+    assert last.pictures == tuple(range(48, 96))
 
 
 @pytest.mark.parametrize(("start_s", "end_s"), [(5.0, None), (7.0, 9.0), (2.0, 2.0), (3.0, 1.0)])

@@ -122,6 +122,32 @@ def test_ray_gives_the_bytes_of_the_local_route(
     assert read_index(root).equals(read_index(dataset))
 
 
+@pytest.mark.parametrize(("clips", "starts"), [("chunk", [0, 9, 18]), ("slide", [0, 12])])
+def test_one_row_makes_several_samples(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clips: str, starts: list[int]
+) -> None:
+    root = tmp_path / "latents"
+    frames = {"policy": "fps", "target_fps": 24.0, "clips": clips, "slide_step": 12}
+    config = config_for(manifest, root, frames=frames)
+    summary, _ = preprocess(config)
+    rows = [row for row in read_index(root).to_pylist() if row["source"] == "c.mp4"]
+    assert [row["clip"] for row in rows] == list(range(len(starts)))
+    assert len({row["sample_id"] for row in rows}) == len(starts)
+    for row, start in zip(rows, starts, strict=True):  # 40 pictures at 30 fps are 32 frames at 24 fps
+        assert row["pts_s"] == pytest.approx([(start + i) * 5 // 4 / 30 for i in range(9)], abs=1e-6)
+    assert summary["rows"] == 6
+    assert summary["clips"] == summary["kept"] + summary["quarantined"] == read_index(root).num_rows + 1
+    assert check_dataset(root).clean
+
+    def not_again(*_: object) -> None:
+        raise AssertionError("a known file is looked at again")
+
+    monkeypatch.setattr("pipeline.generation.survey", lambda rows, config: iter(map(not_again, rows)))
+    again, ran = preprocess(config)
+    assert not ran
+    assert again["clips"] == summary["clips"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -14,12 +14,17 @@ from av.audio.stream import AudioStream
 
 from pipeline import packets
 from pipeline.clip import ClipInfo
-from pipeline.probe import probe
+from pipeline.media import open_media
 from schemas.config import LimitsConfig
 from schemas.errors import ClipError
 from tests.videos import make_video
 
 LIMITS = LimitsConfig()
+
+
+def probe(path: Path | str, *, limits: LimitsConfig) -> ClipInfo:
+    with open_media(path, limits=limits) as media:
+        return media.info
 
 
 def reason(path: Path, limits: LimitsConfig = LIMITS) -> str:

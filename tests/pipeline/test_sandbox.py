@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pipeline.decode import decode_clip
-from pipeline.probe import probe
+from pipeline.placement import place_clip
 from pipeline.sandbox import DecodeRequest, DecoderProcess
-from schemas.config import BucketConfig, FramesConfig, LimitsConfig, ResizeConfig
+from schemas.config import BucketConfig, DecodeConfig, FramesConfig, LimitsConfig, ResizeConfig
 from schemas.errors import ClipError, RunError
 from tests.videos import make_video, read_number
 
@@ -120,14 +120,43 @@ def test_clips_come_in_order_and_equal_a_decode_in_process(tmp_path: Path) -> No
                 process.submit(DecodeRequest(str(paths[i + 2])))
 
 
-def test_windows_and_probes_go_through(clip_path: Path) -> None:
+def test_windows_and_placings_go_through(clip_path: Path) -> None:
+    window = DecodeRequest(str(clip_path), start_s=0.25, end_s=0.625)
     with decoder() as process:
-        process.submit(DecodeRequest(str(clip_path), start_s=0.25, end_s=0.625))
-        assert process.probe(str(clip_path)) == probe(clip_path, limits=LimitsConfig())
+        process.submit(window)
+        for full in (False, True):
+            assert process.place(window, full=full) == place_clip(
+                clip_path,
+                start_s=0.25,
+                end_s=0.625,
+                frames=FramesConfig(),
+                buckets=BUCKETS,
+                limits=LimitsConfig(),
+                full=full,
+            )
         assert take(process) == list(range(6, 15))
         with pytest.raises(ClipError) as caught:
-            process.probe(str(clip_path.with_name("missing.mp4")))
+            process.place(DecodeRequest(str(clip_path.with_name("missing.mp4"))))
         assert caught.value.reason == "open_failed"
+
+
+def test_the_clips_of_a_row_go_through(clip_path: Path) -> None:
+    frames = FramesConfig(policy="fps", target_fps=24.0, clips="slide", slide_step=4)
+    with decoder(frames=frames) as process:
+        assert process.place(DecodeRequest(str(clip_path))).num_clips == 3
+        for clip in range(2):
+            process.submit(DecodeRequest(str(clip_path), clip=clip))
+        assert [take(process), take(process)] == [list(range(9)), list(range(4, 13))]
+
+
+def test_a_changed_file_is_opened_anew(clip_path: Path) -> None:
+    with decoder() as process:
+        for _ in range(2):
+            process.submit(DecodeRequest(str(clip_path)))
+            assert take(process) == list(range(0, 18, 2))
+        make_video(clip_path, num_frames=9)
+        process.submit(DecodeRequest(str(clip_path)))
+        assert take(process) == list(range(9))
 
 
 def test_content_errors_keep_the_child(clip_path: Path, tmp_path: Path) -> None:
@@ -226,6 +255,28 @@ def test_the_child_cannot_write_files(faulty: DecoderProcess, clip_path: Path) -
     assert error.reason == "decoder_crash"
     assert "RuntimeError: no write" in error.message
     assert os.path.getsize(request.path + ".evil") == 0
+
+
+@pytest.mark.parametrize(("threads", "alone"), [(1, True), (2, False)])
+def test_the_child_starts_no_process_and_threads_only_if_asked(
+    tmp_path: Path, threads: int, alone: bool
+) -> None:
+    program = tmp_path / "told.py"
+    program.write_text(
+        """
+import resource
+from pipeline.sandbox_child import serve
+from schemas.errors import ClipError
+
+def decode(path, **settings):
+    raise ClipError("told", str(resource.getrlimit(resource.RLIMIT_NPROC)[0]))
+
+serve(decode)
+"""
+    )
+    with decoder(program=[str(program)], decode=DecodeConfig(threads=threads)) as process:
+        process.submit(DecodeRequest("a.mp4"))
+        assert (failure(process).message == "0") is alone
 
 
 def test_what_a_decoder_prints_disturbs_nothing(

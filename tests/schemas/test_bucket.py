@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.bucket import Geometry, check_buckets, choose_bucket, video_tokens
-from schemas.config import BucketConfig
+from schemas.config import BucketConfig, TargetConfig
 from schemas.errors import ConfigError
 
 COGVIDEOX = Geometry(temporal=4, spatial=8, channels=16)
@@ -36,6 +37,110 @@ def test_the_frame_rule_names_the_nearest_valid_counts(num_frames: int) -> None:
         check_buckets([bucket(num_frames, 480, 720)], COGVIDEOX)
     assert f"buckets.0.num_frames = {num_frames}" in str(error.value)
     assert f"{below} and {below + 4}" in str(error.value)
+
+
+def meets_all(num_frames: int, target: TargetConfig, *, temporal: int, text_length: int, side: int) -> bool:
+    """The rules once more, from their definitions."""
+    if (num_frames - 1) % temporal or (num_frames - 1) % target.frame_multiple:
+        return False
+    segments = 1
+    if target.segment_frames and num_frames - 1 >= target.segment_frames:
+        if (num_frames - 1) % target.segment_frames:
+            return False
+        segments = (num_frames - 1) // target.segment_frames
+    latent_frames = (num_frames + temporal - 1) // temporal
+    tokens = latent_frames * (side // 16) ** 2 // target.patch_size_t + segments * text_length
+    return latent_frames % target.patch_size_t == 0 and tokens % target.token_multiple == 0
+
+
+TARGETS = st.builds(
+    TargetConfig,
+    frame_multiple=st.sampled_from([1, 3, 16]),
+    patch_size_t=st.sampled_from([1, 2]),
+    token_multiple=st.sampled_from([1, 4, 64]),
+    segment_frames=st.sampled_from([0, 48]),
+)
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 300), TARGETS, st.sampled_from([4, 8]), st.integers(0, 300), st.sampled_from([48, 160]))
+def test_the_nearest_values_meet_all_rules_and_none_is_nearer(
+    num_frames: int, target: TargetConfig, temporal: int, text_length: int, side: int
+) -> None:
+    geometry = Geometry(temporal=temporal, spatial=8, channels=16)
+
+    def meets(frames: int, length: int = text_length) -> bool:
+        return meets_all(frames, target, temporal=temporal, text_length=length, side=side)
+
+    def check(frames: int, length: int = text_length) -> None:
+        check_buckets([bucket(frames, side, side)], geometry, target=target, text_length=length)
+
+    if meets(num_frames):
+        check(num_frames)
+        return
+    with pytest.raises(ConfigError) as error:
+        check(num_frames)
+    found = re.search(r"; (nearest (?:is|are) ([\d and]+)|no num_frames up to \d+)", str(error.value))
+    assert found is not None
+    offered = {int(value) for value in re.findall(r"\d+", found[2] or "")}
+    below = next((n for n in range(num_frames - 1, 0, -1) if meets(n)), None)
+    above = next((n for n in range(num_frames + 1, num_frames + 30_000) if meets(n)), None)
+    assert offered == {n for n in (below, above) if n is not None}
+    for frames in offered:
+        check(frames)
+
+    text = re.search(r"text_encoder.max_length = ([\d or]+)", str(error.value))
+    if text is not None:
+        lengths = {int(value) for value in re.findall(r"\d+", text[1])}
+        near = [n for n in range(1, text_length + 65) if meets(num_frames, n)]
+        assert lengths == {
+            *(n for n in near if n == max((m for m in near if m < text_length), default=None)),
+            *(n for n in near if n == min((m for m in near if m > text_length), default=None)),
+        }
+        for length in lengths:
+            check(num_frames, length)
+
+
+def test_an_even_latent_count_is_asked_for_by_patch_size_t() -> None:
+    target = TargetConfig(patch_size_t=2)
+    with pytest.raises(ConfigError, match=r"target.patch_size_t = 2 .* found 13; nearest are 45 and 53"):
+        check_buckets([bucket(49, 480, 720)], COGVIDEOX, target=target)
+    check_buckets([bucket(45, 480, 720), bucket(53, 480, 720)], COGVIDEOX, target=target)
+
+
+def test_the_token_rule_names_frames_and_the_length_of_a_caption() -> None:
+    """17550 video tokens (13 x 30 x 45) and one caption, or 49950 and three, in mini-batches of 64."""
+    target = TargetConfig(frame_multiple=16, token_multiple=64, segment_frames=48)
+    for num_frames, length in ((49, 498), (145, 502)):
+        check_buckets([bucket(num_frames, 480, 720)], COGVIDEOX, target=target, text_length=length)
+    with pytest.raises(ConfigError) as error:
+        check_buckets([bucket(145, 480, 720)], COGVIDEOX, target=target, text_length=498)
+    assert "found 51444 (49950 of video, 3 x 498 of text); nearest" in str(error.value)
+    assert str(error.value).endswith("or text_encoder.max_length = 438 or 502")
+
+
+def test_a_caption_length_is_offered_only_where_it_suits_every_bucket() -> None:
+    target = TargetConfig(token_multiple=64)
+    with pytest.raises(ConfigError) as error:
+        check_buckets([bucket(1, 16, 16), bucket(1, 16, 32)], COGVIDEOX, target=target, text_length=63)
+    assert "buckets.1.num_frames = 1" in str(error.value)
+    assert "no text_encoder.max_length would do" in str(error.value)
+
+
+def test_rules_that_exclude_each_other_say_so() -> None:
+    """16n + 1 frames are an odd number of latent frames."""
+    with pytest.raises(ConfigError, match=r"no num_frames up to .* meets all rules together"):
+        check_buckets(
+            [bucket(49, 480, 720)], COGVIDEOX, target=TargetConfig(frame_multiple=16, patch_size_t=2)
+        )
+
+
+def test_all_problems_are_in_one_error() -> None:
+    buckets = [bucket(48, 480, 720), bucket(49, 480, 721), bucket(49, 480, 720)]
+    with pytest.raises(ConfigError) as error:
+        check_buckets(buckets, COGVIDEOX, target=TargetConfig(patch_size_t=2))
+    for place in ("buckets.0.num_frames", "buckets.1.width", "buckets.1.num_frames", "buckets.2.num_frames"):
+        assert place in str(error.value)
 
 
 def test_every_bad_side_is_named() -> None:

@@ -48,7 +48,7 @@ def test_resolved_config_reads_back_equal_and_hashes_alike(config_file: Path, tm
     [
         ("framez.policy=uniform", "unknown key 'framez'; did you mean 'frames'"),
         ("frames.polcy=uniform", "unknown key 'frames.polcy'; did you mean 'policy'"),
-        ("frames.policy=fast", "frames.policy = 'fast': this version takes 'uniform' or 'fps'"),
+        ("frames.policy=fast", "frames.policy = 'fast': this version takes 'uniform', 'keyframe', 'fps'"),
         ("units.rows=0", "units.rows = 0: input should be greater than 0"),
         ("units.rows=2.5", "units.rows = 2.5"),
         ('units.rows="4"', "units.rows = '4'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import ManifestError
-from schemas.manifest import ManifestRow, RowProblem, read_manifest, split_rows
+from schemas.ledger import Ledger
+from schemas.manifest import ManifestRow, RowProblem, checked_rows, read_manifest, split_rows, write_manifest
 
 
 @pytest.fixture
@@ -150,3 +152,38 @@ def test_files_that_are_no_manifest(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text('video,caption\n"a.mp4,x\n')
     with pytest.raises(ManifestError, match="not CSV"):
         list(read_manifest(tmp_path / "m.csv"))
+
+
+def test_rows_stream_through_the_check_in_order(folder: Path) -> None:
+    """Each item before the next one is read."""
+    rows = [{"video": name, "caption": "x"} for name in ("a.mp4", "gone.mp4", "a.mp4", "b.mp4")]
+    read: list[int] = []
+
+    def watched() -> Iterator[ManifestRow | RowProblem]:
+        for item in read_manifest(write_jsonl(folder / "m.jsonl", rows)):
+            read.append(item.number)
+            yield item
+
+    with Ledger() as ledger:
+        found = []
+        for item in checked_rows(watched(), ledger=ledger):
+            assert read[-1] == item.number
+            found.append(item.reason if isinstance(item, RowProblem) else item.source)
+    assert found == ["a.mp4", "missing_file", "duplicate", "b.mp4"]
+
+
+def test_a_manifest_may_be_written_over_itself_and_a_failure_leaves_it(folder: Path) -> None:
+    path = write_jsonl(folder / "m.jsonl", [*ROWS, {"video": "a.mp4"}])
+    before = path.read_bytes()
+
+    def failing() -> Iterator[ManifestRow]:
+        yield from rows_of(path)[0]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_manifest(path, failing())
+    assert path.read_bytes() == before
+    write_manifest(path, (item for item in read_manifest(path) if isinstance(item, ManifestRow)))
+    rows, problems = rows_of(path)
+    assert ([row.source for row in rows], problems) == (["a.mp4", "b.mp4"], [])
+    assert sorted(entry.name for entry in folder.iterdir()) == ["a.mp4", "b.mp4", "m.jsonl"]

@@ -111,9 +111,12 @@ def _clip_meta(shape: Shape) -> dict[str, object]:
     num_frames, height, width = shape
     clip = {
         "source_fps": FPS,
+        "effective_fps": FPS,
         "pts_s": [i / FPS for i in range(num_frames)],
         "coverage": 1.0,
         "frame_weights": [1.0] * num_frames,
         "interpolated": [],
+        "duplicated": [],
+        "repaired": [],
     }
     return {"num_frames": num_frames, "height": height, "width": width, "clip": clip}
