@@ -148,8 +148,10 @@ def _make(media: Media, settings: _Settings, *, deinterlace: bool) -> _Made:
 
 def _record(media: Media, made: _Made, *, clip: int) -> ClipRecord:
     info, take = media.info, made.take
-    interlaced = made.normalizer.interlaced or made.outcome.deinterlaced
+    interlaced = info.interlaced or made.normalizer.interlaced or made.outcome.deinterlaced
     rebuilt = ["interlaced: lines rebuilt by bwdif"] if made.outcome.deinterlaced else []
+    if info.interlaced and not (rebuilt or made.normalizer.interlaced):
+        rebuilt = ["interlaced: as the backend gives it"]
     return ClipRecord(
         codec=info.codec,
         container=info.container,

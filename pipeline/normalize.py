@@ -53,6 +53,7 @@ class Normalizer:
         self._bucket, self._mode, self._picture, self._sar = bucket, resize.mode, picture, sar
         self._scaler, self._converter, self._flattener = (VideoReformatter() for _ in range(3))
         self._crops: dict[tuple[object, ...], Graph] = {}
+        self._orientations: dict[tuple[int, int], Orientation] = {}
         self._tone_maps: dict[tuple[str, bool], ToneMap] = {}
         self._notes: dict[str, None] = {}
         self._seen: dict[str, dict[str, None]] = {}
@@ -72,7 +73,7 @@ class Normalizer:
     def convert(self, frame: VideoFrame, out: np.ndarray) -> None:
         """Write `frame` into `out`, uint8 [H, W, 3] of the bucket's size. ClipError where its colours
         cannot or, by the settings, must not be brought to RGB."""
-        color, orientation = color_of(frame), orientation_of(frame)
+        color, orientation = color_of(frame), self._orientation(frame)
         check_color(color, self._picture)
         self._observe(frame, color, orientation)
         into = (self._bucket.width, self._bucket.height)
@@ -110,6 +111,14 @@ class Normalizer:
                 f"pictures in pixel format {pixel_format.name} cannot be turned into RGB: {error.strerror}"
             )
             raise ClipError("no_decoder", message) from error
+
+    def _orientation(self, frame: VideoFrame) -> Orientation:
+        """That of the first picture of its size. Looking at side data ties a picture into a reference cycle,
+        so that its memory waits for the collector: once a clip is fine, once a picture is not."""
+        size = (frame.width, frame.height)
+        if size not in self._orientations:
+            self._orientations[size] = orientation_of(frame)
+        return self._orientations[size]
 
     def _observe(self, frame: VideoFrame, color: Color, orientation: Orientation) -> None:
         for what, value in (

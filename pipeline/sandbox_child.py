@@ -10,6 +10,7 @@ moment.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -48,14 +49,33 @@ def serve(decode: Callable[..., Any] = decode_clip) -> None:
         "limits": LimitsConfig.model_validate_json(setup["limits"]),
         "last": LastMedia(),
     }
+    broken = _load_backend(settings["decode"])
     slots = [np.frombuffer(mmap.mmap(fd, setup["slot_bytes"]), np.uint8) for fd in setup["slots"]]
     _give_up_rights(setup["parent"], settings["limits"].memory_bytes, settings["decode"])
-    av.logging.set_level(av.logging.PANIC)
+    # PyAV's log handler takes Python's lock. A decoder thread would wait for it while the thread that holds
+    # it waits for the decoder to end, so with several there is no handler, and messages are shorter.
+    av.logging.set_level(av.logging.PANIC if settings["decode"].threads == 1 else None)
+    gc.collect()
+    gc.freeze()  # so that the collections below have next to nothing to look at
     _send(answers, {"at": time.monotonic()})
     for line in sys.stdin:
         request = json.loads(line)
         _send(answers, {"at": time.monotonic()})
-        _send(answers, {"id": request["id"], **_answer(request, settings, slots, decode)})
+        _send(answers, {"id": request["id"], **(broken or _answer(request, settings, slots, decode))})
+        gc.collect()  # pictures whose side data was looked at are in reference cycles
+
+
+def _load_backend(decode: DecodeConfig) -> dict[str, Any]:
+    """Import the library that decodes, while files can still be written; an answer where it does not load."""
+    if decode.backend == "pyav":
+        return {}
+    from pipeline.backends import load_library
+
+    try:
+        load_library(decode.backend)
+    except (RunError, ConfigError) as error:
+        return {"fatal": str(error)}
+    return {}
 
 
 def _answer(

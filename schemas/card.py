@@ -108,6 +108,8 @@ def make_card(
         latents["frames.slide_step"] = frames.slide_step
     if config.decode.device != "cpu":
         latents["decode.device"] = config.decode.device
+    if config.decode.threads > 1:  # the pictures are the same, what the records say of the decode is not
+        latents["decode.threads"] = config.decode.threads
     if config.video_encoder.store == "sample":
         latents["seed"] = config.seed
     prompts = {
