@@ -53,6 +53,7 @@ class Normalizer:
         self._bucket, self._mode, self._picture, self._sar = bucket, resize.mode, picture, sar
         self._scaler, self._converter, self._flattener = (VideoReformatter() for _ in range(3))
         self._crops: dict[tuple[object, ...], Graph] = {}
+        self._scratch = np.empty((0, 0, 3), np.uint8)
         self._orientations: dict[tuple[int, int], Orientation] = {}
         self._tone_maps: dict[tuple[str, bool], ToneMap] = {}
         self._notes: dict[str, None] = {}
@@ -167,14 +168,21 @@ class Normalizer:
         scaling = Interpolation.BICUBIC
         if orientation == Orientation():
             small = _reformat(self._converter, frame, color, size, "rgb24", ColorRange.JPEG, scaling)
-            shown[:] = _plane(small, 0).reshape(shown.shape)
+            rgb = _plane(small, 0).reshape(shown.shape)
         else:
             small = _reformat(self._converter, frame, color, size, "gbrp", ColorRange.JPEG, scaling)
             _interleave([_plane(small, i) for i in (2, 0, 1)], orientation, shown)
+            rgb = shown
         if color.range == "limited":
-            # On average one level lost in rounding down; black and white are exact.
-            between = shown - np.uint8(1) < np.uint8(254)
-            np.add(shown, between.view(np.uint8), out=shown)
+            # On average one level lost in rounding down; black and white are exact. New memory for each
+            # step would cost several times what the arithmetic does.
+            if self._scratch.shape != shown.shape:
+                self._scratch = np.empty_like(shown)
+            np.subtract(rgb, 1, out=self._scratch)
+            np.less(self._scratch, 254, out=self._scratch.view(np.bool_))
+            np.add(rgb, self._scratch, out=shown)
+        elif rgb is not shown:
+            shown[:] = rgb
 
     def _exact(self, frame: VideoFrame, color: Color, size: tuple[int, int], pixel_format: str) -> VideoFrame:
         """Scale and convert to planar RGB in one step."""
