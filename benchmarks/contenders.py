@@ -50,7 +50,7 @@ class Outcome:
     """Pictures in the clip, as the contender counts them."""
     shape: tuple[int, ...]
     """Of the frames given: (F, H, W, 3)."""
-    num_decoded: int | None = None
+    num_fed: int | None = None
     """Pictures its decoder made; None where the library does not tell."""
     stream: Stream | None = None
     """Told by the bare decode."""
@@ -86,7 +86,7 @@ def ours() -> Run:
             limits=LimitsConfig(),
             buffer=memory,
         )
-        return Outcome(record.num_pictures, frames.shape, num_decoded=record.num_decoded)
+        return Outcome(record.num_pictures, frames.shape, num_fed=record.num_fed)
 
     return run
 
@@ -167,7 +167,7 @@ def bare() -> Run:
             if not count:
                 raise ValueError("no picture could be decoded")
             kind = Stream(decoder.codec.canonical_name, decoder.width, decoder.height, intra)
-            return Outcome(count, (), num_decoded=count, stream=kind)
+            return Outcome(count, (), num_fed=count, stream=kind)
 
     return run
 

@@ -32,7 +32,7 @@ HD_AREA = 1280 * 720
 GOAL, GOAL_PREDICTED_HD = 1.2, 1.8
 """CPU seconds of the best other library, divided by ours."""
 GOAL_SHARE = 0.9
-"""CPU seconds of a bare decode, divided by ours, where every picture had to be decoded."""
+"""CPU seconds of a bare decode, divided by ours, where every packet is needed."""
 START_LIMIT_S = 120.0
 CHILD_COMMAND = ("-m", "benchmarks.contenders")
 
@@ -44,7 +44,7 @@ class Cell:
     cpu_s: float | None
     """Median; None where it gave no frames."""
     num_pictures: int | None
-    num_decoded: int | None = None
+    num_fed: int | None = None
     """Pictures its decoder made, where it tells."""
     problem: str = ""
     """Error, hang, crash or a miscount, in a sentence; empty where all is well."""
@@ -199,7 +199,7 @@ def _cell(runs: Sequence[dict[str, Any]], num_pictures: int | None, target: Targ
     elif num_pictures is not None and last["num_pictures"] != num_pictures:
         problem = f"wrong count: {last['num_pictures']} pictures, a plain decode gives {num_pictures}"
     cpu_s = statistics.median(run["cpu_s"] for run in runs)
-    return Cell(cpu_s, last["num_pictures"], last["num_decoded"], problem)
+    return Cell(cpu_s, last["num_pictures"], last["num_fed"], problem)
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class ClassMean:
     goal: float | None
     """What its ratio should be at least; None for the class of all."""
     whole_share: float | None
-    """A bare decode divided by ours, over the clips of which we decode every picture."""
+    """A bare decode divided by ours, over the clips of which we need every packet."""
     num_whole: int
     frames_per_s: float
     """Frames given per CPU second, ours."""
@@ -239,7 +239,7 @@ def _class_mean(kind: str, clips: Sequence[ClipResult], report: Report) -> Class
     seconds = {name: _beside_ours(name, clips) for name in report.contenders}
     ratio = {name: _mean_ratio(pairs) for name, pairs in seconds.items() if pairs}
     others = [name for name in ratio if name not in (OURS, CEILING)]
-    whole = _beside_ours(CEILING, [clip for clip in clips if _decodes_all(clip.cells[OURS])])
+    whole = _beside_ours(CEILING, [clip for clip in clips if _needs_all(clip.cells[OURS])])
     predicted_hd = kind.endswith(" HD") and not kind.endswith("below HD")
     return ClassMean(
         kind=kind,
@@ -263,8 +263,8 @@ def _beside_ours(name: str, clips: Iterable[ClipResult]) -> list[tuple[float, fl
     return found
 
 
-def _decodes_all(cell: Cell) -> bool:
-    return cell.num_decoded is not None and cell.num_decoded >= (cell.num_pictures or 0)
+def _needs_all(cell: Cell) -> bool:
+    return cell.num_fed is not None and cell.num_fed >= (cell.num_pictures or 0)
 
 
 def _mean_ratio(pairs: Iterable[tuple[float, float]]) -> float:

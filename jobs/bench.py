@@ -175,7 +175,7 @@ def _print_means(report: Report) -> None:
     console.print(
         f"Goal: the best other library needs {GOAL_PREDICTED_HD}x our CPU seconds on predicted HD, {GOAL}x "
         "elsewhere. Of ceiling: a bare decode of every picture, divided by ours, over those clips of which "
-        f"we decode every picture; the goal is {GOAL_SHARE}."
+        f"we need every packet; the goal is {GOAL_SHARE}."
     )
 
 

@@ -62,7 +62,7 @@ class LibraryDecoder:
 
     def planned(self, homes: Mapping[int, np.ndarray], normalizer: Normalizer) -> Outcome:
         """Fill `homes` (tick -> [H, W, 3]); a picture whose time disagrees is left out, and doubted."""
-        outcome, pts = Outcome(), self._timeline.pts
+        outcome, pts = Outcome(num_fed=len(homes)), self._timeline.pts
         ticks = sorted(homes)
         batch = max(1, BATCH_BYTES // (3 * self._video.decoder.width * self._video.decoder.height))
         for k in range(0, len(ticks), batch):
@@ -70,7 +70,6 @@ class LibraryDecoder:
             for tick, given in zip(
                 part, self._given([bisect.bisect_left(pts, t) for t in part]), strict=True
             ):
-                outcome.num_decoded += 1
                 if self._nearest(given.seconds) != tick:
                     wanted_s = float(tick * self._timeline.time_base)
                     told = f"{self.name} gives the picture of {given.seconds:.4f} s for {wanted_s:.4f} s"

@@ -101,8 +101,8 @@ class ClipRecord:
     """Positions that repeat the picture before them."""
     clip: int
     """Which of the clips of its row this is, from 0."""
-    num_decoded: int
-    """Pictures the decoder made for it, the last time through; the others were not needed."""
+    num_fed: int
+    """Packets the decoder was given for it, the last time through; the others were not needed."""
     repaired: list[int]
     """Positions whose picture was undecodable: they hold its nearest decodable neighbour."""
     frame_weights: list[float]

@@ -168,7 +168,7 @@ def _record(media: Media, made: _Made, *, clip: int) -> ClipRecord:
         interpolated=take.choice.interpolated,
         duplicated=take.choice.duplicated,
         clip=clip,
-        num_decoded=made.outcome.num_decoded,
+        num_fed=made.outcome.num_fed,
         repaired=take.repaired,
         frame_weights=frame_weights(take.choice, take.timeline, made.placement.activity),
         color_matrix=info.color_matrix,

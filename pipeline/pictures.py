@@ -42,8 +42,8 @@ class Outcome:
     """Flagged by the decoder, or after an error and before the next clean key frame."""
     failed: set[int] = field(default_factory=set)
     """Whose packet raised an error, or was fed after one and before the next clean key frame."""
-    num_decoded: int = 0
-    """Pictures that came out, wanted or not."""
+    num_fed: int = 0
+    """Packets given to the decoder."""
     deinterlaced: bool = False
     """Lines of some picture were rebuilt."""
     out_of_order: bool = False
@@ -179,7 +179,7 @@ class PictureDecoder:
                     tainted = True
                     outcome.doubt = outcome.doubt or f"an undecodable packet: {error.strerror}"
                     pictures = []
-                outcome.num_decoded += len(pictures)
+                outcome.num_fed += packet is not None
                 for picture in pictures:
                     if (picture.width, picture.height) != size:
                         check_pixels(picture.width, picture.height, self._limits)

@@ -57,7 +57,7 @@ def test_contenders_read_the_same_clips_and_name_what_they_cannot(clips: Path) -
     assert by_name["long.mp4"].stream == Stream("h264", 96, 64, intra=False)
     assert by_name["long.mp4"].kind == "h264 below HD"
     assert by_name["text.mp4"].kind == "unknown"
-    assert [by_name["long.mp4"].cells[name].num_decoded for name in LOCAL] == [12, None, 30]
+    assert [by_name["long.mp4"].cells[name].num_fed for name in LOCAL] == [22, None, 30]
     for name in LOCAL:
         for clip, num_pictures in (("long.mp4", 30), ("short.mp4", 3)):
             cell = by_name[clip].cells[name]
@@ -113,9 +113,9 @@ def test_a_hang_or_a_crash_costs_one_job_and_the_child_starts_again(
 
 
 def made_report() -> Report:
-    def clip(name: str, stream: Stream, num_decoded: int, *seconds: float | None) -> ClipResult:
+    def clip(name: str, stream: Stream, num_fed: int, *seconds: float | None) -> ClipResult:
         cells = [
-            Cell(None, None, problem="error: no") if cpu_s is None else Cell(cpu_s, 30, num_decoded)
+            Cell(None, None, problem="error: no") if cpu_s is None else Cell(cpu_s, 30, num_fed)
             for cpu_s in seconds
         ]
         names = ("ours", "PyAV naive", "decord", "bare decode")

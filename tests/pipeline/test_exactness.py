@@ -141,9 +141,7 @@ class Job:
 
 def facts(record: ClipRecord) -> ClipRecord:
     """The record without how it was decoded: a second thread may be some pictures ahead."""
-    return replace(
-        record, num_decoded=0, notes=[n for n in record.notes if not n.startswith("decoded in order")]
-    )
+    return replace(record, num_fed=0, notes=[n for n in record.notes if not n.startswith("decoded in order")])
 
 
 @st.composite
@@ -197,7 +195,7 @@ def test_frames_of_any_stream_are_those_of_a_plain_decode() -> None:
                 assert abs(record.num_pictures - len(inside)) <= 2  # windows are cut at whole ticks
                 seen["compared"] += 1
                 seen[job.frames.policy] += 1
-                seen["by plan"] += record.num_decoded < len(plain.times)
+                seen["by plan"] += record.num_fed < len(plain.times)
                 seen["blended"] += bool(record.interpolated)
                 seen["edit list"] += bool(stream.hidden)
                 seen["varying rate"] += len(set(stream.gaps)) > 1
