@@ -59,7 +59,7 @@ class Measured:
 
     name: str
     timeline: Timeline
-    packets: list[int]
+    packets: Sequence[int]
     exact: list[int]
     changes: list[float]
     """True luma change of each picture, 0..255."""
@@ -174,7 +174,7 @@ def _plot_activity(axes: Axes, clip: Measured) -> None:
 
 
 def _plot_frames(axes: Axes, clip: Measured) -> None:
-    settings: list[tuple[str, float, list[int] | None]] = [("uniform", 0.0, None)]
+    settings: list[tuple[str, float, Sequence[int] | None]] = [("uniform", 0.0, None)]
     settings += [(f"boost {boost:g}", boost, None) for boost in BOOSTS]
     settings.append(("boost 2, exact", 2.0, clip.exact))
     _shade(axes, clip)

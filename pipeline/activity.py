@@ -9,6 +9,7 @@ constant bit-rate ones or about single cuts.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -27,7 +28,8 @@ _SPARSE = 8
 """Keys tell of scene cuts only when at most one picture in this many is one."""
 
 
-def packet_activity(timeline: Timeline) -> list[int]:
+@functools.lru_cache(maxsize=1)
+def packet_activity(timeline: Timeline) -> tuple[int, ...]:
     """Activity of each picture from the sizes of packets, nothing decoded.
 
     Each size is relative to the median of its kind (key, forward or backward: the kinds differ in size at
@@ -48,7 +50,7 @@ def packet_activity(timeline: Timeline) -> list[int]:
     for cut in _cut_keys(timeline):
         for picture in around[cut]:
             activity[picture] += _CUT_BONUS
-    return activity
+    return tuple(activity)
 
 
 def luma_activity(timeline: Timeline, changes: Mapping[int, float]) -> list[int]:

@@ -48,8 +48,13 @@ class Choice:
     @property
     def duplicated(self) -> list[int]:
         """Frames that show the same picture as the frame before them."""
-        shown = list(zip(self.pictures, self.blends, strict=True))
-        return [i for i in range(1, len(shown)) if shown[i] == shown[i - 1] and not shown[i][1]]
+        return repeats(self.pictures, self.blends)
+
+
+def repeats(shown: Sequence[object], blends: Sequence[int]) -> list[int]:
+    """Frames that show, without blending, what the frame before them shows."""
+    frames = list(zip(shown, blends, strict=True))
+    return [i for i in range(1, len(frames)) if frames[i] == frames[i - 1] and not blends[i]]
 
 
 def as_they_are(

@@ -90,7 +90,7 @@ class ClipRecord:
     num_pictures: int
     """Pictures in the clip, or in its time window."""
     pts_s: list[float]
-    """When each frame was on screen; for a blended frame, its own time."""
+    """When each frame was on screen; a blended frame's own time, a stand-in's for a repaired one."""
     coverage: float
     """Share of `duration_s` that the frames stand for."""
     effective_fps: float

@@ -101,7 +101,7 @@ def _make(media: Media, settings: _Settings, *, deinterlace: bool) -> _Made:
     frames, limits = settings.window.frames, settings.limits
     timeline = media.packets.timeline
     pictures = PictureDecoder(media, limits=limits)
-    notes = [media.packets.damage] if media.packets.damage else []
+    notes = list(media.packets.notes)
     changes: dict[int, float] | None = None
 
     def prepare(
@@ -149,9 +149,12 @@ def _make(media: Media, settings: _Settings, *, deinterlace: bool) -> _Made:
 def _record(media: Media, made: _Made, *, clip: int) -> ClipRecord:
     info, take = media.info, made.take
     interlaced = info.interlaced or made.normalizer.interlaced or made.outcome.deinterlaced
-    rebuilt = ["interlaced: lines rebuilt by bwdif"] if made.outcome.deinterlaced else []
-    if info.interlaced and not (rebuilt or made.normalizer.interlaced):
-        rebuilt = ["interlaced: as the backend gives it"]
+    odd = ["interlaced: lines rebuilt by bwdif"] if made.outcome.deinterlaced else []
+    if info.interlaced and not (odd or made.normalizer.interlaced):
+        odd = ["interlaced: as the backend gives it"]
+    sars = ", ".join(sorted(f"{sar.numerator}:{sar.denominator}" for sar in made.outcome.sars))
+    if len(made.outcome.sars) > 1:
+        odd.append(f"the sample aspect ratio changes ({sars}); {info.sar} is used throughout")
     return ClipRecord(
         codec=info.codec,
         container=info.container,
@@ -162,11 +165,11 @@ def _record(media: Media, made: _Made, *, clip: int) -> ClipRecord:
         source_fps=take.timeline.fps,
         duration_s=take.timeline.duration_s,
         num_pictures=len(take.timeline.pts),
-        pts_s=[round(take.timeline.seconds(tick), 6) for tick in take.choice.ticks],
+        pts_s=[round(take.timeline.seconds(tick), 6) for tick in take.ticks],
         coverage=take.choice.coverage,
         effective_fps=take.effective_fps,
         interpolated=take.choice.interpolated,
-        duplicated=take.choice.duplicated,
+        duplicated=take.duplicated,
         clip=clip,
         num_fed=made.outcome.num_fed,
         repaired=take.repaired,
@@ -176,5 +179,5 @@ def _record(media: Media, made: _Made, *, clip: int) -> ClipRecord:
         color_rule=info.color_rule,
         color_transfer=info.color_transfer,
         interlaced=interlaced,
-        notes=[*made.notes, *take.choice.notes, *rebuilt, *made.normalizer.notes],
+        notes=[*made.notes, *take.choice.notes, *odd, *made.normalizer.notes],
     )

@@ -173,16 +173,13 @@ class Normalizer:
             small = _reformat(self._converter, frame, color, size, "gbrp", ColorRange.JPEG, scaling)
             _interleave([_plane(small, i) for i in (2, 0, 1)], orientation, shown)
             rgb = shown
-        if color.range == "limited":
-            # On average one level lost in rounding down; black and white are exact. New memory for each
-            # step would cost several times what the arithmetic does.
-            if self._scratch.shape != shown.shape:
-                self._scratch = np.empty_like(shown)
-            np.subtract(rgb, 1, out=self._scratch)
-            np.less(self._scratch, 254, out=self._scratch.view(np.bool_))
-            np.add(rgb, self._scratch, out=shown)
-        elif rgb is not shown:
-            shown[:] = rgb
+        # On average one level lost in rounding down; black and white are exact. New memory for each step
+        # would cost several times what the arithmetic does.
+        if self._scratch.shape != shown.shape:
+            self._scratch = np.empty_like(shown)
+        np.subtract(rgb, 1, out=self._scratch)
+        np.less(self._scratch, 254, out=self._scratch.view(np.bool_))
+        np.add(rgb, self._scratch, out=shown)
 
     def _exact(self, frame: VideoFrame, color: Color, size: tuple[int, int], pixel_format: str) -> VideoFrame:
         """Scale and convert to planar RGB in one step."""

@@ -8,6 +8,7 @@ is read again: more reading, bounded memory.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,10 +20,15 @@ from av.video.stream import VideoStream
 
 from pipeline.container import Video
 from pipeline.reread import Outline, Rereader
+from pipeline.short import MAX_GAP
 from pipeline.timeline import Timeline
 from schemas.config import LimitsConfig
 from schemas.errors import ClipError
 
+FAR_S = 1.0
+"""Times that go back by more than this many seconds are another recording's."""
+HOLE_S = 1.0
+"""A longer time without a new picture is noted, unless the clip is like that throughout."""
 KEEP_BYTES = 256 * 2**20
 """Payloads of a file are kept in memory up to this many bytes."""
 
@@ -40,8 +46,8 @@ class Packets:
     timed: bool
     """False where packets carry no timestamps (raw streams) or number the decode order (B-pictures in
     AVI): the n-th picture to come out is then the n-th of the timeline."""
-    damage: str
-    """Why reading stopped before the end of the file; empty if it did not."""
+    notes: tuple[str, ...]
+    """What is odd about the packets, a sentence each: the file breaks off, its times jump."""
 
     def read(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Packet[VideoStream]]]:
         """(position, packet) of every packet in `spans`: sorted, disjoint, both ends included."""
@@ -58,6 +64,7 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
     outline: list[Outline] = []
     kept: list[Packet[VideoStream]] | None = []
     total_bytes, damage = 0, ""
+    joined = _Joined()
     try:
         for packet in video.container.demux(video.stream):
             if not packet.size:
@@ -66,6 +73,7 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
                 raise ClipError("encrypted", "the video is encrypted (DRM); it needs a key to be decoded")
             if len(outline) == limits.max_frames:
                 raise ClipError("limit_frames", f"more packets than limits.max_frames = {limits.max_frames}")
+            joined.take(packet)
             total_bytes += packet.size
             if total_bytes > KEEP_BYTES:
                 kept = None
@@ -88,7 +96,8 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
         damage = f"the file breaks off after {len(outline)} packets: {error.strerror}"
     if not outline:
         raise ClipError("no_pictures", damage or "the video stream holds no packets")
-    timeline = _timeline(outline, video.stream)
+    timed = _timed(outline)
+    timeline = _timeline(outline, video.stream, timed=timed)
     if timeline.duration_s > limits.max_seconds:
         raise ClipError(
             "limit_seconds",
@@ -97,22 +106,66 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
     pts = [packet.pts for packet in outline]
     known = [tick for tick in pts if tick is not None]
     numbered = video.container_name == "avi" and video.decoder.has_b_frames and known == sorted(known)
-    timed = _mostly_timed(outline) and not numbered
     keys = [packet.key for packet in outline]
-    return Packets(
-        video, timeline, pts, keys, Rereader(video, outline) if kept is None else kept, timed, damage
+    again = Rereader(video, outline, seekable=not joined.jumps) if kept is None else kept
+    notes = [damage] if damage else []
+    if joined.jumps:
+        often = "once" if joined.jumps == 1 else f"{joined.jumps} times"
+        notes.append(f"its times go back {often}: the parts are taken one after the other")
+    return Packets(video, timeline, pts, keys, again, timed and not numbered, (*notes, *_holes(timeline)))
+
+
+class _Joined:
+    """Moves the times of packets where recordings were joined without giving them a common clock."""
+
+    def __init__(self) -> None:
+        self.jumps = 0
+        self._moved, self._end = 0, 0
+        self._last_dts: int | None = None
+
+    def take(self, packet: Packet[VideoStream]) -> None:
+        """A part that begins before the last one ended is moved behind it. Without B-pictures out of place:
+        only at a key packet, or where the jump is far."""
+        last, self._last_dts = self._last_dts, packet.dts
+        if packet.pts is None or packet.dts is None:
+            return
+        if last is not None and packet.dts < last:
+            far = (last - packet.dts) * (packet.time_base or 0) > FAR_S
+            if packet.is_keyframe or far:
+                self._moved = self._end - packet.pts
+                self.jumps += 1
+        if self._moved:
+            packet.pts += self._moved
+            packet.dts += self._moved
+        self._end = max(self._end, packet.pts + max(packet.duration or 0, 1))
+
+
+def _holes(timeline: Timeline) -> Iterator[str]:
+    """A note on the longest time without a new picture, where it is out of the ordinary."""
+    gaps = [b - a for a, b in pairwise(timeline.pts)]
+    longest = max(gaps, default=0)
+    if longest * timeline.time_base > HOLE_S and longest > MAX_GAP * statistics.median(gaps):
+        at = timeline.seconds(timeline.pts[gaps.index(longest)])
+        yield f"no new picture for {float(longest * timeline.time_base):.1f} s after {at:.1f} s"
+
+
+def _timed(outline: Sequence[Outline]) -> bool:
+    """Whether timestamps can be relied on: most packets have one (the second of a field pair may not), and
+    no two pictures with times of their own to be decoded at share one to be shown at."""
+    if 2 * sum(packet.pts is not None for packet in outline) < len(outline):
+        return False
+    decoded: dict[int, int | None] = {}
+    return all(
+        decoded.setdefault(packet.pts, packet.dts) == packet.dts
+        for packet in outline
+        if packet.pts is not None and packet.shown
     )
 
 
-def _mostly_timed(outline: Sequence[Outline]) -> bool:
-    """Whether timestamps can be relied on; the second packet of a field pair may lack one."""
-    return 2 * sum(packet.pts is not None for packet in outline) >= len(outline)
-
-
-def _timeline(outline: Sequence[Outline], stream: VideoStream) -> Timeline:
+def _timeline(outline: Sequence[Outline], stream: VideoStream, *, timed: bool) -> Timeline:
     """Presentation order of the packets that show a picture; without timestamps, a constant rate."""
     rate = stream.guessed_rate or stream.average_rate or Fraction(25)
-    if not _mostly_timed(outline):
+    if not timed:
         pictures, backward = {i: packet._replace(duration=1) for i, packet in enumerate(outline)}, set[int]()
         time_base = 1 / rate
     else:

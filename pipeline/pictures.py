@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import chain, islice
 from typing import Protocol
 
@@ -44,6 +45,8 @@ class Outcome:
     """Whose packet raised an error, or was fed after one and before the next clean key frame."""
     num_fed: int = 0
     """Packets given to the decoder."""
+    sars: set[Fraction] = field(default_factory=set)
+    """Sample aspect ratios that the stream itself claims."""
     deinterlaced: bool = False
     """Lines of some picture were rebuilt."""
     out_of_order: bool = False
@@ -180,6 +183,8 @@ class PictureDecoder:
                     outcome.doubt = outcome.doubt or f"an undecodable packet: {error.strerror}"
                     pictures = []
                 outcome.num_fed += packet is not None
+                if pictures and decoder.sample_aspect_ratio:
+                    outcome.sars.add(decoder.sample_aspect_ratio)
                 for picture in pictures:
                     if (picture.width, picture.height) != size:
                         check_pixels(picture.width, picture.height, self._limits)

@@ -7,6 +7,7 @@ check is asked for: same rules, nothing converted, nothing kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,13 @@ class Window:
     clip: int = 0
 
     def cut(self, timeline: Timeline) -> Timeline:
-        return timeline.window(self.start_s, self.end_s)
+        return _cut(timeline, self.start_s, self.end_s)
+
+
+@functools.lru_cache(maxsize=2)
+def _cut(timeline: Timeline, start_s: float | None, end_s: float | None) -> Timeline:
+    """Remembered, with what is derived from it: a long row makes many clips."""
+    return timeline.window(start_s, end_s)
 
 
 @dataclass(frozen=True)
@@ -108,13 +115,12 @@ def place_clip(
         except RunError as error:
             raise ClipError("too_short", str(error)) from error
         num_frames = buckets[placement.position].num_frames
-        damage = [media.packets.damage] if media.packets.damage else []
         return Placed(
             info=media.info,
             bucket=placement.position,
             num_available=placement.num_available,
             num_clips=num_clips(placement.timeline, num_frames=num_frames, frames=frames),
-            notes=[*damage, *placement.choice.notes],
+            notes=[*media.packets.notes, *placement.choice.notes],
             decoded=decoded,
         )
 

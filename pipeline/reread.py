@@ -43,11 +43,12 @@ class Outline(NamedTuple):
 class Rereader:
     """Reads spans of packets, by seeks as long as they land."""
 
-    def __init__(self, video: Video, outline: Sequence[Outline]) -> None:
+    def __init__(self, video: Video, outline: Sequence[Outline], *, seekable: bool = True) -> None:
+        """`seekable`: False where the outline's times are not those of the file."""
         self._video, self._outline = video, outline
         self._keys = [i for i, packet in enumerate(outline) if packet.key]
         self._places: dict[tuple[int | None, ...], int] = {}
-        self._seekable = True
+        self._seekable = seekable
         self._seeking: tuple[InputContainer, VideoStream] | None = None
         twins = set()
         for i, packet in enumerate(outline):
@@ -62,7 +63,7 @@ class Rereader:
         feed: Iterator[tuple[int, Packet[VideoStream]]] = iter(())
         at = len(self._outline)  # position of the next packet of `feed`
         for first, last in spans:
-            if at > first or sum(packet.size for packet in islice(self._outline, at, first)) > NEAR_BYTES:
+            if at > first or sum(packet.size for packet in self._outline[at:first]) > NEAR_BYTES:
                 feed = self._from(first)
             for i, packet in feed:
                 at = i + 1
@@ -87,7 +88,9 @@ class Rereader:
                 return
             self._seekable = False
         container, stream = self._open()
-        yield from islice(enumerate(_payloads(container, stream)), at, None)
+        for i, packet in islice(enumerate(_payloads(container, stream)), at, None):
+            packet.pts, packet.dts = self._outline[i].pts, self._outline[i].dts
+            yield i, packet
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
         """The file at its start, once more: a seek in the container of `video` would flush its decoder."""

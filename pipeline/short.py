@@ -9,7 +9,6 @@ instead.
 from __future__ import annotations
 
 import bisect
-import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -24,7 +23,9 @@ MAX_GAP = 4
 """No blending over a gap of more than this many median intervals: something is missing there."""
 CUT_LEVELS = 20.0
 CUT_RATIO = 4.0
-"""A hard cut: mean luma difference above CUT_LEVELS (of 255) and CUT_RATIO times the clip's median."""
+SURE_CUT_LEVELS = 60.0
+"""A hard cut: mean luma difference above CUT_LEVELS (of 255) and CUT_RATIO times the median of the clip's
+other differences; above SURE_CUT_LEVELS in any case."""
 SLOW = 2
 """Above this many frames for each picture a note is taken: blends begin to look like slow motion."""
 
@@ -52,7 +53,9 @@ def fill_up(
 
 def slowdown(found: int, *, num_frames: int, frames: FramesConfig) -> tuple[str, ...]:
     """The note on `num_frames` frames made of `found` pictures; ClipError over `frames.max_slowdown`."""
-    text = f"{_found(found, frames)} make {num_frames} frames, {num_frames / found:.1f} for each"
+    text = (
+        f"{_found(found, frames)} stretched over {num_frames} frames, {num_frames / found:.1f} times slower"
+    )
     if frames.max_slowdown is not None and num_frames > Fraction(frames.max_slowdown) * found:
         raise ClipError("too_short", f"{text}, over frames.max_slowdown = {frames.max_slowdown:g}")
     return (text,) if num_frames > SLOW * found else ()
@@ -60,8 +63,12 @@ def slowdown(found: int, *, num_frames: int, frames: FramesConfig) -> tuple[str,
 
 def hard_cuts(differences: Mapping[int, float]) -> set[int]:
     """Pictures followed by a hard cut, given the mean luma difference of each to the next one."""
-    usual = statistics.median(differences.values()) if differences else 0.0
-    return {p for p, value in differences.items() if value > max(CUT_LEVELS, CUT_RATIO * usual)}
+    usual = _median_of_others(list(differences.values()), alone=0.0)
+    return {
+        p
+        for (p, value), other in zip(differences.items(), usual, strict=True)
+        if value > max(CUT_LEVELS, min(SURE_CUT_LEVELS, CUT_RATIO * other))
+    }
 
 
 def unblended_at(choice: Choice, cuts: Collection[int], *, timeline: Timeline) -> Choice:
@@ -84,7 +91,8 @@ def _spread(timeline: Timeline, num_frames: int, *, blended: bool) -> Choice:
     if len(pts) >= num_frames:
         step = Fraction(timeline.end - pts[0], num_frames)
         return as_they_are(timeline, evenly(timeline, num_frames), step=step)
-    usual = statistics.median(b - a for a, b in pairwise(pts)) if len(pts) > 1 else 0
+    gaps = [b - a for a, b in pairwise(pts)]
+    usual = _median_of_others(gaps, alone=timeline.end - pts[-1])
     step = Fraction(pts[-1] - pts[0], max(1, num_frames - 1))
     pictures, blends, ticks = [], [], []
     for i in range(num_frames):
@@ -94,7 +102,7 @@ def _spread(timeline: Timeline, num_frames: int, *, blended: bool) -> Choice:
         if picture + 1 < len(pts):
             gap = pts[picture + 1] - pts[picture]
             blend = round(ONE * (tick - pts[picture]) / gap)
-            nearest = not blended or gap > MAX_GAP * usual
+            nearest = not blended or gap > MAX_GAP * usual[picture]
             if blend == ONE or (nearest and 2 * (tick - pts[picture]) >= gap):
                 picture, blend = picture + 1, 0
             elif nearest:
@@ -105,6 +113,16 @@ def _spread(timeline: Timeline, num_frames: int, *, blended: bool) -> Choice:
     return Choice(tuple(pictures), tuple(blends), tuple(ticks), step, coverage=1.0)
 
 
+def _median_of_others(values: Sequence[float], *, alone: float) -> list[float]:
+    """Per value the lower median of all the others, `alone` where there are none: in a short clip one cut
+    or gap must not be what it is measured by."""
+    ordered = sorted(values)
+    if len(ordered) < 2:
+        return [alone] * len(ordered)
+    middle = (len(ordered) - 2) // 2
+    return [ordered[middle + (value <= ordered[middle])] for value in values]
+
+
 def _found(count: int, frames: FramesConfig) -> str:
     rate = f" at {frames.target_fps:g} fps" if frames.policy in AT_A_RATE else ""
-    return f"{count} picture{'s' if count > 1 else ''}{rate}"
+    return f"{count} {'picture' if count == 1 else 'pictures'}{rate}"

@@ -13,10 +13,11 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Collection
+from fractions import Fraction
 
 import numpy as np
 
-from pipeline.choice import ONE, Choice
+from pipeline.choice import ONE, Choice, repeats
 from pipeline.short import hard_cuts, unblended_at
 from pipeline.timeline import Timeline
 from schemas.config import BucketConfig, LimitsConfig
@@ -68,6 +69,23 @@ class Take:
         lost = {picture for picture, tick in self._sources.items() if tick != self.timeline.pts[picture]}
         shown = zip(self.choice.pictures, self.choice.blends, strict=True)
         return [i for i, (p, blend) in enumerate(shown) if p in lost or (blend and p + 1 in lost)]
+
+    @property
+    def ticks(self) -> list[Fraction]:
+        """Per frame the time of what it shows: a stand-in's own time, and for a blend one between two."""
+        choice = self.choice
+        ticks = list(choice.ticks)
+        for i in self.repaired:
+            picture, blend = choice.pictures[i], choice.blends[i]
+            here = self._sources[picture]
+            there = self._sources[picture + 1] if blend else here
+            ticks[i] = here + Fraction(blend, ONE) * (there - here)
+        return ticks
+
+    @property
+    def duplicated(self) -> list[int]:
+        """Frames that show the same picture as the frame before them."""
+        return repeats(self.ticks, self.choice.blends)
 
     def finish(self) -> np.ndarray:
         """All frames, once `homes` are filled: copies for repeats, blends except across hard cuts."""

@@ -53,7 +53,7 @@ class FramesConfig(Settings):
     index for index."""
     boost: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """`keyframe`: weight of activity beside the even spread; 0 is `uniform`. No gap is longer than
-    (1 + boost) times S."""
+    (1 + boost) times S plus the time one picture is on screen."""
     activity: Literal["packets", "exact"] = "packets"
     """`keyframe`: activity from packet sizes (free), or from the luma of every picture (decodes the clip
     a second time)."""

@@ -179,7 +179,7 @@ def test_a_rule_pads_as_its_original_whatever_frames_short_says() -> None:
     assert choice.duplicated == list(range(20, 49))
     assert choice.coverage == 1
     assert choice.step == 40
-    assert choice.notes == ("20 pictures make 49 frames, 2.5 for each",)
+    assert choice.notes == ("20 pictures stretched over 49 frames, 2.5 times slower",)
     with pytest.raises(ClipError, match="max_slowdown"):
         choose_frames(clip, num_frames=49, frames=config("cogvideox_floor", max_slowdown=2.0))
 

@@ -84,6 +84,20 @@ def test_hard_cuts_are_not_blended() -> None:
 def test_fast_motion_everywhere_is_no_cut() -> None:
     assert hard_cuts({0: 30.0, 1: 35.0, 2: 28.0}) == set()
     assert hard_cuts({}) == set()
+    # Few differences: one is measured by the others, and none of them makes a cut of this size usual.
+    assert hard_cuts({0: 200.0}) == hard_cuts({0: 200.0, 1: 190.0}) - {1} == {0}
+    assert hard_cuts({0: 0.0, 1: 200.0, 2: 180.0, 3: 0.0}) == {1, 2}
+    assert hard_cuts({0: 30.0, 1: 31.0, 2: 120.0, 3: 32.0}) == {2}
+
+
+def test_a_gap_is_measured_by_the_other_intervals() -> None:
+    clip = timeline([0, 125, 10_000], last=40)
+    choice = choose_frames(clip, num_frames=9, frames=FramesConfig())
+    assert set(choice.pictures) == {0, 1, 2}
+    assert choice.interpolated == []
+    pair = choose_frames(timeline([0, 10_000], last=40), num_frames=9, frames=FramesConfig())
+    assert pair.interpolated == []
+    assert choose_frames(timeline([0, 40], last=40), num_frames=9, frames=FramesConfig()).interpolated
 
 
 @pytest.mark.parametrize("policy", ["uniform", "keyframe"])
@@ -120,10 +134,10 @@ def test_more_than_twice_as_slow_is_told() -> None:
     clip = timeline([i * 40 for i in range(24)], last=40)
     assert choose_frames(clip, num_frames=48, frames=UNIFORM).notes == ()
     told = choose_frames(clip, num_frames=49, frames=UNIFORM).notes
-    assert told == ("24 pictures make 49 frames, 2.0 for each",)
+    assert told == ("24 pictures stretched over 49 frames, 2.0 times slower",)
     at_a_rate = FramesConfig(policy="fps", target_fps=5.0)
     assert choose_frames(clip, num_frames=11, frames=at_a_rate).notes == (
-        "5 pictures at 5 fps make 11 frames, 2.2 for each",
+        "5 pictures at 5 fps stretched over 11 frames, 2.2 times slower",
     )
 
 
@@ -132,6 +146,8 @@ def test_slower_than_allowed_is_refused(short: str) -> None:
     frames = FramesConfig.model_validate({"short": short, "max_slowdown": 1.5})
     clip = timeline([i * 40 for i in range(30)], last=40)
     assert len(choose_frames(clip, num_frames=45, frames=frames).pictures) == 45
-    with pytest.raises(ClipError, match=r"30 pictures make 46 frames.*max_slowdown = 1\.5") as caught:
+    with pytest.raises(
+        ClipError, match=r"30 pictures stretched over 46 frames.*max_slowdown = 1\.5"
+    ) as caught:
         choose_frames(clip, num_frames=46, frames=frames)
     assert caught.value.reason == "too_short"
