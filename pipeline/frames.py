@@ -15,7 +15,6 @@ from fractions import Fraction
 
 from pipeline.activity import packet_activity
 from pipeline.choice import Choice, as_they_are, evenly, on_screen
-from pipeline.clip import ClipInfo
 from pipeline.compatibility import RULES, Asked
 from pipeline.density import quantiles
 from pipeline.short import fill_up, slowdown
@@ -92,16 +91,6 @@ def num_clips(timeline: Timeline, *, num_frames: int, frames: FramesConfig) -> i
         return 1
     step = num_frames if frames.clips == "chunk" else frames.slide_step
     return max(0, num_available(timeline, frames=frames) - num_frames) // step + 1
-
-
-def check_window(info: ClipInfo, *, start_s: float | None, end_s: float | None) -> None:
-    """ClipError `empty_window` where a row's time window lies outside its clip."""
-    start, end = start_s or 0.0, info.duration_s if end_s is None else end_s
-    if start >= end or start >= info.duration_s:
-        raise ClipError(
-            "empty_window",
-            f"the window {start} s to {end} s holds no picture; the clip lasts {info.duration_s:.3f} s",
-        )
 
 
 def frame_weights(choice: Choice, timeline: Timeline, activity: Sequence[int] | None = None) -> list[float]:

@@ -33,10 +33,6 @@ class Geometry:
             raise ValueError(f"{num_frames = } is not {self.temporal}n + 1")
         return (num_frames - 1) // self.temporal + 1
 
-    def pixel_frames(self, latent_frames: int) -> int:
-        """F for T latent frames."""
-        return (latent_frames - 1) * self.temporal + 1
-
     def latent_shape(self, bucket: BucketConfig) -> tuple[int, int, int, int]:
         """(T, C, H, W) of one clip's latents."""
         return (
