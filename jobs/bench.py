@@ -49,6 +49,9 @@ def decode(
 ) -> int:
     """Measure every clip, print the tables, write what was asked for; returns the exit code."""
     clips = _files(paths)
+    for path in (json_path, plot_path):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{path}: there is no folder {path.parent}")
     target = Target(num_frames, height, width)
     console.print(
         f"{len(clips)} clips -> {num_frames} frames of {width} x {height}; CPU seconds, 1 thread, medians of "
@@ -189,7 +192,7 @@ def _goal(mean: ClassMean) -> str:
 
 def _mark(value: float, goal: float, unit: str) -> str:
     """A value, and whether it meets its goal as it would be printed."""
-    return f"{value:.2f}{unit} {'met' if round(value, 2) >= goal else f'short of {goal}{unit}'}"
+    return f"{value:.2f}{unit} {'met' if round(value, 2) >= goal else f'(goal {goal}{unit})'}"
 
 
 def _plot(report: Report, path: Path) -> None:

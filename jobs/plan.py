@@ -105,6 +105,10 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
         **_estimate(chosen, config, remaining=clips - done),
     }
     print_json(report) if as_json else _print(report, config)
+    if config.frames.short == "error" and drops["too_short"]:
+        if not as_json:
+            console.print("frames.short = 'error': preprocess would stop at the first row that is too short")
+        return EXIT_GATE
     return EXIT_GATE if gated_failures(drops) > config.quarantine.max_rate * len(rows) else EXIT_DONE
 
 
@@ -114,7 +118,7 @@ def _leftover_s(row: ManifestRow, placed: Placed, config: PreprocessConfig) -> f
     if frames.policy not in AT_A_RATE:
         return 0.0
     step = frames.slide_step if frames.clips == "slide" else num_frames
-    used = (placed.num_clips - 1) * step + num_frames
+    used = (placed.num_clips - 1) * min(step, num_frames) + num_frames
     return window_s(row, placed) * max(0, placed.num_available - used) / max(1, placed.num_available)
 
 

@@ -17,6 +17,7 @@ from jobs.console import Pace, console, print_json
 from jobs.report import Report
 from pipeline.copies import Copies
 from pipeline.graph import manifest_items
+from pipeline.progress import gated_failures
 from pipeline.survey import survey
 from pipeline.video_encode import load_video_encoder
 from schemas.bucket import check_buckets
@@ -55,10 +56,12 @@ def validate(
             if output is not None:
                 console.print(f"wrote the {report.good} good rows to {output}")
     allowed = 0.0 if config is None else settings.quarantine.max_rate
-    if report.bad <= allowed * (report.good + report.bad):
+    # Rows dropped because a setting asks for it do not count, unless the setting is to stop the run.
+    unwanted = report.bad if settings.frames.short == "error" else gated_failures(report.reasons)
+    if unwanted <= allowed * (report.good + report.bad):
         return EXIT_DONE
     if config is not None and not as_json:
-        rate = report.bad / (report.good + report.bad)
+        rate = unwanted / (report.good + report.bad)
         console.print(f"{rate:.1%} of the rows are bad, over quarantine.max_rate = {allowed:.1%}: exit 3")
     return EXIT_GATE
 

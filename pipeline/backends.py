@@ -186,10 +186,13 @@ def _has_open_groups(packets: Packets) -> bool:
     return False
 
 
-def load_library(name: str) -> Any:
+def load_library(name: str, *, device: str = "cpu") -> Any:
     """The module of a backend, imported; MissingExtraError where it is not installed, RunError where it
-    does not load. Do this before file writes are given up: torch makes a temporary file."""
+    does not load or there is no such device. Do this before file writes are given up: torch makes a
+    temporary file."""
     try:
+        if device == "cuda" and not importlib.import_module("torch").cuda.is_available():
+            raise RunError("decode.device = 'cuda', but torch finds no CUDA device on this machine")
         if name == "torchcodec":
             importlib.import_module("torchcodec.decoders")
         return importlib.import_module(name)

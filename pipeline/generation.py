@@ -8,7 +8,6 @@ duplicates of content and edited captions change only what they must.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -76,20 +75,27 @@ def split_into_clips(
 ) -> list[ManifestRow]:
     """One row per clip, where `frames.clips` makes several of a row.
 
-    How many there are depends on the file alone, so a row that the dataset knows with the same content
-    keeps its number; the others are looked at. A row that cannot be placed stays one: its unit will say why.
+    How many there are depends on the file alone, so a file and window that the dataset knows keep their
+    number; the others are looked at. A row that cannot be placed stays one, its unit will say why, and is
+    looked at again the next time.
     """
     if config.frames.clips == "head":
         return list(rows)
-    known = Counter((*generation_key(row)[:-1], row["source_digest"]) for row in dataset.live_rows())
+    known = {
+        (row["source_digest"], row["start_s"], row["end_s"]): row["clips"] for row in dataset.live_rows()
+    }
 
-    def key(row: ManifestRow) -> tuple[object, ...]:
-        return (*row.key[:-1], sources[row.path].digest)
+    def key(row: ManifestRow) -> tuple[str, float | None, float | None]:
+        return (sources[row.path].digest, row.start_s, row.end_s)
 
-    new = [row for row in rows if key(row) not in known]
-    for row, found in survey(new, config):
-        known[key(row)] = 1 if isinstance(found, ClipError) else found.num_clips
-    return [replace(row, clip=clip) for row in rows for clip in range(known[key(row)])]
+    new = {key(row): row for row in rows if not known.get(key(row))}
+    for row, found in survey(new.values(), config):
+        known[key(row)] = 0 if isinstance(found, ClipError) else found.num_clips
+    return [
+        replace(row, clip=clip, clips=known[key(row)])
+        for row in rows
+        for clip in range(max(1, known[key(row)]))
+    ]
 
 
 def add_generation(
@@ -146,6 +152,7 @@ def _changes(
         )
         extra = json.dumps(row.extra, sort_keys=True, default=str) if row.extra else ""
         noted = {"source": row.source, "size": source.size, "mtime_ns": source.mtime_ns, "extra": extra}
+        noted["clips"] = row.clips
         old = live.pop(row.key, None)
         if old is not None and old["sample_id"] == key:
             if any(old[name] != value for name, value in noted.items()):

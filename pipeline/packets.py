@@ -19,6 +19,7 @@ from av.packet import Packet
 from av.video.stream import VideoStream
 
 from pipeline.container import Video
+from pipeline.hidden import shows
 from pipeline.reread import Outline, Rereader
 from pipeline.short import MAX_GAP
 from pipeline.timeline import Timeline
@@ -87,7 +88,7 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
                     packet.duration or 0,
                     packet.size,
                     packet.is_keyframe,
-                    not packet.is_discard,
+                    not packet.is_discard and shows(video.codec, memoryview(packet)),
                 )
             )
     except MemoryError as error:

@@ -72,7 +72,7 @@ def _load_backend(decode: DecodeConfig) -> dict[str, Any]:
     from pipeline.backends import load_library
 
     try:
-        load_library(decode.backend)
+        load_library(decode.backend, device=decode.device)
     except (RunError, ConfigError) as error:
         return {"fatal": str(error)}
     return {}

@@ -84,7 +84,8 @@ class Timeline:
         if first >= last:
             raise ClipError(
                 "empty_window",
-                f"no picture appears in the window {start_s} s to {end_s} s; "
+                f"no picture appears in the window {start_s or 0:g} s to "
+                f"{'the end' if end_s is None else f'{end_s:g} s'}; "
                 f"the clip has pictures from 0 s to {self.seconds(self.pts[-1]):.3f} s",
             )
         end = self.pts[last] if last < len(self.pts) else self.end

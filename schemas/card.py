@@ -91,7 +91,7 @@ def make_card(
         "frames.short": frames.short,
         "buckets": sorted(bucket_name(bucket) for bucket in config.buckets),
         "resize.mode": config.resize.mode,
-        "picture": config.picture.model_dump(mode="json"),
+        **{f"picture.{name}": value for name, value in config.picture.model_dump(mode="json").items()},
         "decode.backend": config.decode.backend,
         "video_encoder.store": config.video_encoder.store,
         "video_encoder.dtype": config.video_encoder.dtype,

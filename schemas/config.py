@@ -219,7 +219,8 @@ class QuarantineConfig(Settings):
     """How many failed clips a run may end with."""
 
     max_rate: Rate = 0.05
-    """Share of rows, without those dropped as `too_short`; above it the command ends with exit code 3."""
+    """Share of clips, without those dropped as `too_short` or `hdr`, which settings ask for; above it the
+    command ends with exit code 3."""
 
 
 class PreprocessConfig(Settings):

@@ -29,6 +29,7 @@ GENERATION_SCHEMA = pa.schema(
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("clip", pa.int64()),  # which of the clips of the row, from 0
+        ("clips", pa.int64()),  # how many it makes; 0 where the file could not be looked at
         ("caption", pa.string()),
         ("caption_digest", pa.string()),
         ("unit", pa.int64()),

@@ -47,6 +47,8 @@ class ManifestRow:
     """Columns carried through."""
     clip: int = 0
     """Which of the clips that `frames.clips` makes of the row, from 0; a manifest does not say."""
+    clips: int = 1
+    """How many it makes; 0 where the file could not be looked at."""
 
     @property
     def key(self) -> tuple[str, float | None, float | None, str, int]:
@@ -114,14 +116,15 @@ def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRo
     if end_s is not None and end_s <= (start_s or 0.0):
         return problem("bad_window", f"expected start_s < end_s, found start_s = {start_s}, end_s = {end_s}")
     known = {video_key, caption_key, "start_s", "end_s"}
+    empty = {key for key in (*VIDEO_KEYS, *CAPTION_KEYS) if not cells.get(key)}
     return ManifestRow(
         number=number,
         source=source,
         path=os.path.normpath(folder / source),
         caption=caption,
-        start_s=start_s,
+        start_s=start_s or None,  # the start of the file, whether it is said or not
         end_s=end_s,
-        extra={key: value for key, value in cells.items() if key not in known and value is not None},
+        extra={key: value for key, value in cells.items() if key not in known | empty and value is not None},
     )
 
 
@@ -168,7 +171,10 @@ def write_manifest(path: Path, rows: Iterable[ManifestRow]) -> None:
     """Rows as JSONL that `read_manifest` reads back; paths relative to it, but absolute ones stay so.
 
     Written as they come under another name, and renamed when complete: `rows` may be read from `path`.
+    ManifestError for a name that would be read as another format.
     """
+    if path.suffix.lower() != ".jsonl":
+        raise ManifestError(f"{path}: a manifest is written as JSON lines; give it a name ending in .jsonl")
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     folder = path.resolve().parent
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -205,7 +211,7 @@ def _seconds(value: Any, name: str) -> float | None:
     if value is None or value == "" or value != value:  # pandas writes a missing number as NaN
         return None
     try:
-        seconds = float(value)
+        seconds = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} = {value!r}: expected seconds") from None
     if not math.isfinite(seconds) or seconds < 0:

@@ -185,8 +185,8 @@ def test_the_command_prints_tables_and_writes_json_chart_and_record(
     assert "decord: reads 4 of 5 clips" in out
     assert "2.12x (2)" in out
     assert "2.12x met" in out
-    assert "1.00x short of 1.2x" in out
-    assert "0.50 short of 0.9" in out
+    assert "1.00x (goal 1.2x)" in out
+    assert "0.50 (goal 0.9)" in out
     assert json.loads((tmp_path / "out.json").read_text()) == numbers(made_report())
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "decode.jsonl").read_text())

@@ -81,7 +81,7 @@ def test_metadata_may_hold_several_windows_of_one_video_and_wins_over_its_sideca
     put(tmp_path, {"metadata.jsonl": "".join(json.dumps(line) + "\n" for line in lines) + "{}\n"})
     items = list(discover(tmp_path))
     assert [(item.caption, item.start_s) for item in items if isinstance(item, ManifestRow)] == [
-        ("part 0", 0.0),
+        ("part 0", None),
         ("part 1", 1.0),
     ]
     assert [item.message for item in items if isinstance(item, RowProblem)] == [

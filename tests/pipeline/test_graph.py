@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from pipeline.graph import EARLY_STOP_ROWS, preprocess
 from pipeline.shard_writer import ShardWriter
 from schemas.check import check_dataset
 from schemas.config import PreprocessConfig
-from schemas.errors import ConfigError, ManifestError, RunError, StaleDatasetError
+from schemas.errors import ClipError, ConfigError, ManifestError, RunError, StaleDatasetError
 from schemas.index import read_index, read_quarantine
 from schemas.load import check_config
+from schemas.manifest import ManifestRow
 from tests.videos import make_video
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -139,11 +141,16 @@ def test_one_row_makes_several_samples(
     assert summary["clips"] == summary["kept"] + summary["quarantined"] == read_index(root).num_rows + 1
     assert check_dataset(root).clean
 
-    def not_again(*_: object) -> None:
-        raise AssertionError("a known file is looked at again")
+    looked_at: list[str] = []
 
-    monkeypatch.setattr("pipeline.generation.survey", lambda rows, config: iter(map(not_again, rows)))
+    def watched(rows: Iterable[ManifestRow], config: PreprocessConfig) -> Iterator[tuple[Any, Any]]:
+        for row in rows:
+            looked_at.append(row.source)
+            yield row, ClipError("open_failed", "still")
+
+    monkeypatch.setattr("pipeline.generation.survey", watched)
     again, ran = preprocess(config)
+    assert looked_at == ["broken.mp4"]  # what could not be looked at before
     assert not ran
     assert again["clips"] == summary["clips"]
 

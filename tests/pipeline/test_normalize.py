@@ -197,6 +197,10 @@ def test_every_pixel_of_any_size_and_shape_is_written(
 ) -> None:
     gray = VideoFrame.from_ndarray(np.full((height, width), 160, np.uint8), "gray")
     frame = gray.reformat(format=pixel_format, dst_color_range=ColorRange.MPEG)
+    for plane, component in zip(frame.planes, frame.format.components, strict=False):
+        # Now and then swscale leaves a pixel of an odd row as it found the memory.
+        samples = np.frombuffer(memoryview(plane), np.uint8 if component.bits <= 8 else np.uint16)
+        samples[:] = samples[0]
     found, _ = convert(frame, height=32, width=48, mode=mode, sar=sar)
     # swscale rounds its weights: chroma of a flat picture may be one level off, RGB two.
     painted = np.abs(found.astype(int) - int(found[16, 24, 0])) <= 3

@@ -99,7 +99,25 @@ def test_the_first_filled_alias_wins_and_the_others_are_carried_through(folder: 
     rows, problems = rows_of(write_jsonl(folder / "m.jsonl", [row]))
     assert problems == []
     assert (rows[0].source, rows[0].caption) == ("a.mp4", "said")
-    assert rows[0].extra == {"path": "elsewhere", "caption": "", "cap": "too"}
+    assert rows[0].extra == {"path": "elsewhere", "cap": "too"}
+    write_manifest(folder / "again.jsonl", rows)
+    (again,), problems = rows_of(folder / "again.jsonl")
+    assert problems == []
+    assert (again.source, again.caption) == ("a.mp4", "said")
+
+
+@pytest.mark.parametrize("name", ["good.csv", "good.parquet", "good"])
+def test_a_manifest_is_written_under_a_name_that_reads_back(folder: Path, name: str) -> None:
+    with pytest.raises(ManifestError, match=r"ending in \.jsonl"):
+        write_manifest(folder / name, [])
+    assert not (folder / name).exists()
+
+
+def test_the_start_of_the_file_is_one_window_however_it_is_said(folder: Path) -> None:
+    base = {"video": "a.mp4", "caption": "x"}
+    rows, (problem,) = rows_of(write_jsonl(folder / "m.jsonl", [base, {**base, "start_s": 0}]))
+    assert rows[0].start_s is None
+    assert problem.reason == "duplicate"
 
 
 def test_what_pandas_writes_is_read(folder: Path) -> None:
