@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -46,7 +47,7 @@ def test_as_many_packets_show_as_pictures_come_out(tmp_path: Path, codec: str) -
 
 def test_chunks_end_to_end_are_the_sequence(clips_dir: Path) -> None:
     path = clips_dir / "roadtrip-vp92-10bit.webm"  # 80 packets, 72 pictures
-    settings = {"policy": "contiguous", "target_fps": 24.0}
+    settings: dict[str, Any] = {"policy": "contiguous", "target_fps": 24.0}
     whole, _, record = decode(path, num_frames=72, **settings)
     assert (record.num_pictures, record.notes, record.interpolated) == (72, [], [])
     parts = [decode(path, num_frames=9, clip=clip, clips="chunk", **settings) for clip in range(8)]
