@@ -263,7 +263,10 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code != _TYPER_INTERRUPTED:
             raise
-        print("\nlatentpress: interrupted; run the same command to go on where it was", file=sys.stderr)
+        print(
+            "\nlatentpress: interrupted; preprocess and train go on where they were when run again",
+            file=sys.stderr,
+        )
         sys.exit(EXIT_FAILED)
 
 

@@ -33,6 +33,7 @@ from schemas.codec import DTYPES, TAGS
 from schemas.config import AT_A_RATE, BucketConfig, PreprocessConfig
 from schemas.dataset import Dataset, generation_key
 from schemas.errors import EXIT_DONE, EXIT_GATE, ClipError
+from schemas.index import read_quarantine
 from schemas.load import load_config
 from schemas.manifest import ManifestRow
 
@@ -82,13 +83,14 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
         chosen.append(_Chosen(row, bucket, found.num_clips))
 
     clips = sum(each.num_clips for each in chosen)
-    done = _done(dataset, chosen)
+    done, failed = _done(dataset, chosen)
     captions = list(dict.fromkeys(row.caption for row in rows))
     report: dict[str, Any] = {
         "rows": len(rows),
         "kept_rows": len(chosen),
         "clips": clips,
         "already_done": done,
+        "already_quarantined": failed,
         "buckets": dict(buckets.most_common()),
         "drops": dict(drops.most_common()),
         "dropped": dropped,
@@ -122,22 +124,27 @@ def _leftover_s(row: ManifestRow, placed: Placed, config: PreprocessConfig) -> f
     return window_s(row, placed) * max(0, placed.num_available - used) / max(1, placed.num_available)
 
 
-def _done(dataset: Dataset, chosen: Sequence[_Chosen]) -> int:
-    """Clips that are committed and whose file has not been touched since."""
+def _done(dataset: Dataset, chosen: Sequence[_Chosen]) -> tuple[int, int]:
+    """Clips that are committed and whose file has not been touched since, and how many of them were
+    quarantined."""
     live = {generation_key(row): row for row in dataset.live_rows()}
-    done = 0
+    done = failed = 0
+    known = read_quarantine(dataset.root)["sample_id"].to_pylist() if dataset.quarantine_path.exists() else []
+    quarantined = set(known)
     for each in chosen:
         clips = [live.get(replace(each.row, clip=clip).key) for clip in range(each.num_clips)]
         if not any(clips):
             continue
         stat = os.stat(each.row.path)
         for asked in filter(None, clips):
-            committed = (
+            finished = (
                 dataset.commit_path("latents", asked["unit"]).exists()
                 and dataset.commit_path("prompts", asked["prompt_unit"]).exists()
             )
-            done += committed and (stat.st_size, stat.st_mtime_ns) == (asked["size"], asked["mtime_ns"])
-    return done
+            finished &= (stat.st_size, stat.st_mtime_ns) == (asked["size"], asked["mtime_ns"])
+            done += finished
+            failed += finished and asked["sample_id"] in quarantined
+    return done, failed
 
 
 def _latent_bytes(bucket: BucketConfig, card: Card) -> int:
@@ -199,6 +206,8 @@ def _print(report: dict[str, Any], config: PreprocessConfig) -> None:
     facts = table("", "")
     into = f"{report['kept_rows']} kept, " if report["drops"] else ""
     done = f", {report['already_done']} done already" if report["already_done"] else ""
+    if report["already_quarantined"]:
+        done += f", {report['already_quarantined']} of them quarantined and not tried again"
     facts.add_row("rows", f"{report['rows']} ({into}{report['clips']} clips{done})")
     facts.add_row(
         "shorter than bucket",
