@@ -51,7 +51,7 @@ class Outcome:
     shape: tuple[int, ...]
     """Of the frames given: (F, H, W, 3)."""
     num_fed: int | None = None
-    """Pictures its decoder made; None where the library does not tell."""
+    """Packets its decoder was given; None where the library does not tell."""
     stream: Stream | None = None
     """Told by the bare decode."""
 

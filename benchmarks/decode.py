@@ -45,7 +45,7 @@ class Cell:
     """Median; None where it gave no frames."""
     num_pictures: int | None
     num_fed: int | None = None
-    """Pictures its decoder made, where it tells."""
+    """Packets its decoder was given, where it tells."""
     problem: str = ""
     """Error, hang, crash or a miscount, in a sentence; empty where all is well."""
 

@@ -33,7 +33,7 @@ from benchmarks.record import append_result
 from pipeline.clip import ClipRecord
 from pipeline.decode import decode_clip
 from pipeline.deinterlace import Deinterlacer
-from pipeline.discover import VIDEO_SUFFIXES
+from pipeline.discover import video_files
 from pipeline.normalize import Normalizer
 from pipeline.placement import place_clip
 from schemas.config import BucketConfig, DecodeConfig, FramesConfig, LimitsConfig, PictureConfig, ResizeConfig
@@ -267,10 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("clips", nargs="+", type=Path, help="video files, or folders of them")
     parser.add_argument("--jobs", type=int, default=1, help="clips at a time, each in a process of its own")
     options = parser.parse_args(arguments)
-    paths: list[Path] = []
-    for given in options.clips:
-        inside = sorted(given.iterdir()) if given.is_dir() else [given]
-        paths += [path for path in inside if not given.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES]
+    paths = video_files(options.clips)
     verdicts: list[Verdict] = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for found in pool.map(check_clip, paths):

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.record import append_result
-from pipeline.discover import VIDEO_SUFFIXES
+from pipeline.discover import video_files
 from pipeline.sandbox import DecodeRequest, DecoderProcess
 from schemas.config import BucketConfig, FramesConfig, LimitsConfig, ResizeConfig
 from schemas.errors import ClipError
@@ -102,10 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("clips", nargs="+", type=Path, help="video files, or folders of them")
     parser.add_argument("--repeats", type=int, default=200, help="clips in the second part")
     options = parser.parse_args(arguments)
-    paths: list[Path] = []
-    for given in options.clips:
-        inside = sorted(given.iterdir()) if given.is_dir() else [given]
-        paths += [path for path in inside if not given.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES]
+    paths = video_files(options.clips)
     once, chosen = over_all(paths)
     print(
         f"{once['clips']} clips once: peak {once['peak']} MiB at {once['peak_at']}, after all {once['after']}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.decode import decode_clip
 from pipeline.graph import manifest_rows, preprocess
+from pipeline.sandbox import decode_settings
 from pipeline.video_encode import VideoEncoder, load_video_encoder
 from schemas.config import PreprocessConfig
 from schemas.errors import ClipError
@@ -87,10 +88,7 @@ def _decode_and_encode(row: ManifestRow) -> None:
             row.path,
             start_s=row.start_s,
             end_s=row.end_s,
-            frames=_config.frames,
-            buckets=_config.buckets,
-            resize=_config.resize,
-            limits=_config.limits,
+            **decode_settings(_config),
         )
     except ClipError:
         return

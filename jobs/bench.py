@@ -23,7 +23,7 @@ from benchmarks.decode import (
 )
 from benchmarks.record import RESULTS, append_result
 from jobs.console import console, print_json, table
-from pipeline.discover import VIDEO_SUFFIXES
+from pipeline.discover import video_files
 from schemas.config import PreprocessConfig
 from schemas.errors import EXIT_DONE, ConfigError
 from schemas.load import load_config
@@ -48,7 +48,7 @@ def decode(
     results: Path = RESULTS,
 ) -> int:
     """Measure every clip, print the tables, write what was asked for; returns the exit code."""
-    clips = _files(paths)
+    clips = video_files(paths)
     for path in (json_path, plot_path):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"{path}: there is no folder {path.parent}")
@@ -89,20 +89,6 @@ def preprocess(config_path: Path, *, overrides: Sequence[str], reps: int, as_jso
     console.print(rows)
     console.print(f"{report['clips']} clips, medians of {reps} interleaved runs")
     return EXIT_DONE
-
-
-def _files(paths: list[Path]) -> list[Path]:
-    files = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(file for file in path.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES)
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise ConfigError(f"{path} does not exist")
-    if not files:
-        raise ConfigError(f"no video in {', '.join(map(str, paths))}")
-    return files
 
 
 def _tell(result: ClipResult) -> None:

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jobs.console import Pace, console, count_table, duration, print_json, size, table
-from jobs.report import slowed, window_s
+from jobs.report import clip_counts, window_s
 from pipeline.clip import Placed
 from pipeline.graph import manifest_rows, wanted_card
 from pipeline.progress import gated_failures
-from pipeline.sandbox import DecodeRequest, DecoderProcess
+from pipeline.sandbox import DecodeRequest, DecoderProcess, decode_settings
 from pipeline.survey import survey
 from pipeline.text_encode import load_text_encoder
 from pipeline.video_encode import load_video_encoder
@@ -63,7 +63,7 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
     notes: list[dict[str, Any]] = []
     dropped: list[dict[str, Any]] = []
     chosen: list[_Chosen] = []
-    short = slow = 0
+    counts: Counter[str] = Counter(clips=0, shorter_than_bucket=0, slowed_beyond_2x=0)
     leftover = 0.0
     pace = Pace("rows")
     for number, (row, found) in enumerate(survey(rows, config), 1):
@@ -75,27 +75,25 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
             )
             continue
         bucket = config.buckets[found.bucket]
-        short += found.num_available < bucket.num_frames
-        slow += slowed(found, config)
+        counts.update(clip_counts(found, config))
         notes += [{"row": row.number, "source": row.source, "message": note} for note in found.notes]
         leftover += _leftover_s(row, found, config)
         buckets[bucket_name(bucket)] += found.num_clips
         chosen.append(_Chosen(row, bucket, found.num_clips))
 
-    clips = sum(each.num_clips for each in chosen)
     done, failed = _done(dataset, chosen)
     captions = list(dict.fromkeys(row.caption for row in rows))
     report: dict[str, Any] = {
         "rows": len(rows),
         "kept_rows": len(chosen),
-        "clips": clips,
+        "clips": counts["clips"],
         "already_done": done,
         "already_quarantined": failed,
         "buckets": dict(buckets.most_common()),
         "drops": dict(drops.most_common()),
         "dropped": dropped,
-        "shorter_than_bucket": short,
-        "slowed_beyond_2x": slow,
+        "shorter_than_bucket": counts["shorter_than_bucket"],
+        "slowed_beyond_2x": counts["slowed_beyond_2x"],
         "leftover_s": round(leftover, 3),
         "notes": notes,
         "captions": len(captions),
@@ -104,7 +102,7 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
         ),
         "latents_bytes": sum(_latent_bytes(each.bucket, card) * each.num_clips for each in chosen),
         "prompts_bytes": _prompt_bytes(captions, config),
-        **_estimate(chosen, config, remaining=clips - done),
+        **_estimate(chosen, config, remaining=counts["clips"] - done),
     }
     print_json(report) if as_json else _print(report, config)
     if config.frames.short == "error" and drops["too_short"]:
@@ -165,14 +163,7 @@ def _estimate(chosen: Sequence[_Chosen], config: PreprocessConfig, *, remaining:
     encoder = load_video_encoder(config.video_encoder)
     spent = []
     step = max(1, len(chosen) // _TRIALS)
-    with DecoderProcess(
-        frames=config.frames,
-        buckets=config.buckets,
-        resize=config.resize,
-        limits=config.limits,
-        picture=config.picture,
-        decode=config.decode,
-    ) as decoder:
+    with DecoderProcess(**decode_settings(config)) as decoder:
         for row, _, _ in chosen[step // 2 :: step][:_TRIALS]:
             decoder.submit(DecodeRequest(row.path, start_s=row.start_s, end_s=row.end_s, clip=0))
             try:

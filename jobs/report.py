@@ -14,6 +14,7 @@ from typing import Any
 from jobs.console import console, table
 from jobs.histogram import Histogram
 from pipeline.clip import Decoded, Placed
+from pipeline.short import SLOW
 from schemas.bucket import bucket_name
 from schemas.config import PreprocessConfig
 from schemas.ledger import Finding, Ledger
@@ -24,8 +25,6 @@ _SHOWN_WARNINGS = 10
 _SHOWN_NAMES = 8
 _MOST_SIZES = 10_000
 _HDR = ("smpte2084", "arib_std_b67")
-_SLOW = 2
-"""A clip that makes more than so many frames of each of its own, on average, plays visibly slowed."""
 
 
 class Report:
@@ -93,13 +92,7 @@ class Report:
     def _add_clips(self, row: ManifestRow, placed: Placed, config: PreprocessConfig) -> None:
         bucket = config.buckets[placed.bucket]
         self._counts["buckets"][bucket_name(bucket)] += placed.num_clips
-        self._counts["clips"].update(
-            {
-                "clips": placed.num_clips,
-                "shorter_than_bucket": int(placed.num_available < bucket.num_frames),
-                "slowed_beyond_2x": int(slowed(placed, config)),
-            }
-        )
+        self._counts["clips"].update(clip_counts(placed, config))
         for note in placed.notes:
             self.add_warning(row, "note", note)
 
@@ -196,10 +189,15 @@ def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in most) + rest
 
 
-def slowed(placed: Placed, config: PreprocessConfig) -> bool:
-    """Whether filling up its bucket slows a row beyond 2x."""
+def clip_counts(placed: Placed, config: PreprocessConfig) -> dict[str, int]:
+    """What one good row adds: its clips, and 1 where they are short, or slowed by filling up the bucket."""
+    num_frames = config.buckets[placed.bucket].num_frames
     fills = config.frames.short in ("interpolate", "nearest")
-    return fills and placed.num_available * _SLOW < config.buckets[placed.bucket].num_frames
+    return {
+        "clips": placed.num_clips,
+        "shorter_than_bucket": int(placed.num_available < num_frames),
+        "slowed_beyond_2x": int(fills and placed.num_available * SLOW < num_frames),
+    }
 
 
 def window_s(row: ManifestRow, placed: Placed) -> float:

@@ -16,11 +16,9 @@ from pathlib import Path
 from jobs.console import Pace, console, print_json
 from jobs.report import Report
 from pipeline.copies import Copies
-from pipeline.graph import manifest_items
+from pipeline.graph import checked_encoder, manifest_items
 from pipeline.progress import gated_failures
 from pipeline.survey import survey
-from pipeline.video_encode import load_video_encoder
-from schemas.bucket import check_buckets
 from schemas.config import PreprocessConfig
 from schemas.errors import EXIT_DONE, EXIT_GATE, ClipError, ConfigError, ManifestError
 from schemas.ledger import Ledger
@@ -73,12 +71,7 @@ def _settings(manifest: Path, *, config: Path | None, overrides: Sequence[str]) 
             raise ConfigError("--set changes a config; name it with -c CONFIG")
         return check_config({"manifest": str(manifest), "output": "unused"}, PreprocessConfig, where="--set")
     settings = load_config(config, PreprocessConfig, overrides=overrides)
-    check_buckets(
-        settings.buckets,
-        load_video_encoder(settings.video_encoder).geometry,
-        target=settings.target,
-        text_length=settings.text_encoder.max_length,
-    )
+    checked_encoder(settings)
     return settings
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Given(NamedTuple):
     """uint8 [H, W, 3], upright."""
 
 
-class LibraryDecoder:
+class LibraryDecoder(ABC):
     """Decodes pictures of one open file through another library."""
 
     name: str
@@ -56,9 +57,9 @@ class LibraryDecoder:
         ):
             raise self.refusal("it is transparent, and the pictures come without alpha")
 
+    @abstractmethod
     def fetch(self, positions: list[int]) -> Iterator[Given]:
         """The pictures at `positions` of the timeline (sorted), in order."""
-        raise NotImplementedError
 
     def planned(self, homes: Mapping[int, np.ndarray], normalizer: Normalizer) -> Outcome:
         """Fill `homes` (tick -> [H, W, 3]); a picture whose time disagrees is left out, and doubted."""

@@ -45,11 +45,6 @@ class Choice:
     def interpolated(self) -> list[int]:
         return [i for i, blend in enumerate(self.blends) if blend]
 
-    @property
-    def duplicated(self) -> list[int]:
-        """Frames that show the same picture as the frame before them."""
-        return repeats(self.pictures, self.blends)
-
 
 def repeats(shown: Sequence[object], blends: Sequence[int]) -> list[int]:
     """Frames that show, without blending, what the frame before them shows."""

@@ -8,11 +8,11 @@ opened but captions, so a scan costs one walk. The order is that of sorted paths
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from schemas.errors import ManifestError
+from schemas.errors import ConfigError, ManifestError
 from schemas.manifest import MAX_CAPTION_CHARS, SUFFIXES, ManifestRow, RowProblem, parse_row, read_manifest
 
 VIDEO_SUFFIXES = frozenset(
@@ -21,6 +21,24 @@ VIDEO_SUFFIXES = frozenset(
 )
 METADATA_NAMES = frozenset(f"metadata{suffix}" for suffix in SUFFIXES)
 CAPTION_SUFFIX = ".txt"
+
+
+def video_files(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, and the videos that lie directly in the folders among them, sorted.
+
+    ConfigError for a path that is not there, or where there is no video.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(file for file in path.iterdir() if file.suffix.lower() in VIDEO_SUFFIXES)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ConfigError(f"{path} does not exist")
+    if not files:
+        raise ConfigError(f"no video in {', '.join(map(str, paths))}")
+    return files
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from pipeline.progress import Tally, gated_failures, track
 from pipeline.source import identify
 from pipeline.text_encode import load_text_encoder
 from pipeline.unit import UnitResult
-from pipeline.video_encode import load_video_encoder
+from pipeline.video_encode import VideoEncoder, load_video_encoder
 from schemas.bucket import check_buckets
 from schemas.card import Card, card_bytes, card_path, make_card, read_card, refuse_stale
 from schemas.config import PreprocessConfig
@@ -100,12 +100,18 @@ def manifest_items(manifest: Path) -> Iterator[ManifestRow | RowProblem]:
     yield from discover(manifest) if manifest.is_dir() else read_manifest(manifest)
 
 
-def wanted_card(config: PreprocessConfig) -> Card:
-    """The card that this config asks for; ConfigError where an encoder cannot take a bucket."""
+def checked_encoder(config: PreprocessConfig) -> VideoEncoder:
+    """The video encoder; ConfigError where it, or the model that `target` describes, cannot take a bucket."""
     video = load_video_encoder(config.video_encoder)
     check_buckets(
         config.buckets, video.geometry, target=config.target, text_length=config.text_encoder.max_length
     )
+    return video
+
+
+def wanted_card(config: PreprocessConfig) -> Card:
+    """The card that this config asks for; ConfigError where an encoder cannot take a bucket."""
+    video = checked_encoder(config)
     text = load_text_encoder(config.text_encoder)
     versions = {name: _version(name) for name in _VERSIONED}
     return make_card(

@@ -65,7 +65,7 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
     outline: list[Outline] = []
     kept: list[Packet[VideoStream]] | None = []
     total_bytes, damage = 0, ""
-    joined = _Joined()
+    joined, codec = _Joined(), video.codec
     try:
         for packet in video.container.demux(video.stream):
             if not packet.size:
@@ -88,7 +88,7 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
                     packet.duration or 0,
                     packet.size,
                     packet.is_keyframe,
-                    not packet.is_discard and shows(video.codec, memoryview(packet)),
+                    not packet.is_discard and shows(codec, memoryview(packet)),
                 )
             )
     except MemoryError as error:

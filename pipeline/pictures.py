@@ -183,8 +183,8 @@ class PictureDecoder:
                     outcome.doubt = outcome.doubt or f"an undecodable packet: {error.strerror}"
                     pictures = []
                 outcome.num_fed += packet is not None
-                if pictures and decoder.sample_aspect_ratio:
-                    outcome.sars.add(decoder.sample_aspect_ratio)
+                if pictures and (sar := decoder.sample_aspect_ratio):
+                    outcome.sars.add(sar)
                 for picture in pictures:
                     if (picture.width, picture.height) != size:
                         check_pixels(picture.width, picture.height, self._limits)

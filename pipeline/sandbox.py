@@ -25,7 +25,15 @@ import numpy as np
 
 from pipeline.child_process import START_TIMEOUT_S, ChildProcess
 from pipeline.clip import ClipInfo, ClipRecord, Decoded, Placed
-from schemas.config import BucketConfig, DecodeConfig, FramesConfig, LimitsConfig, PictureConfig, ResizeConfig
+from schemas.config import (
+    BucketConfig,
+    DecodeConfig,
+    FramesConfig,
+    LimitsConfig,
+    PictureConfig,
+    PreprocessConfig,
+    ResizeConfig,
+)
 from schemas.errors import ClipError, RunError
 
 _PICTURE, _DECODE = PictureConfig(), DecodeConfig()
@@ -81,6 +89,12 @@ class _Job:
 
     def fail(self, reason: str, message: str) -> None:
         self.answer = {"error": reason, "message": message}
+
+
+def decode_settings(config: PreprocessConfig) -> dict[str, Any]:
+    """What a run's config says to `DecoderProcess`, and to `decode_clip`: keyword arguments of both."""
+    names = ("frames", "buckets", "resize", "limits", "picture", "decode")
+    return {name: getattr(config, name) for name in names}
 
 
 class DecoderProcess:

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from queue import SimpleQueue
 
 from pipeline.clip import Placed
-from pipeline.sandbox import DecodeRequest, DecoderProcess
+from pipeline.sandbox import DecodeRequest, DecoderProcess, decode_settings
 from schemas.config import PreprocessConfig
 from schemas.errors import ClipError
 from schemas.manifest import ManifestRow
@@ -46,15 +46,7 @@ def survey(
 
     with ExitStack() as stack:
         for _ in range(workers):
-            child = DecoderProcess(
-                frames=config.frames,
-                buckets=config.buckets,
-                resize=config.resize,
-                limits=config.limits,
-                picture=config.picture,
-                decode=config.decode,
-            )
-            idle.put(stack.enter_context(child))
+            idle.put(stack.enter_context(DecoderProcess(**decode_settings(config))))
         pool = ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)
         ahead: deque[tuple[list[ManifestRow], Future[list[Placed | ClipError]]]] = deque()

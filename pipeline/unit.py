@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.generation import Unit
-from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess
+from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess, decode_settings
 from pipeline.shard_writer import ShardWriter
 from pipeline.source import Source, same_content
 from pipeline.text_encode import TextEncoder, load_text_encoder
@@ -158,16 +158,8 @@ class UnitWorker:
     ) -> Iterator[tuple[dict[str, Any], Clip | ClipError]]:
         """Every row with its clip or its failure, in order, decoded ahead in the children in turn."""
         while len(self._decoders) < self._num_decoders:
-            decoder = DecoderProcess(
-                frames=self._config.frames,
-                buckets=self._config.buckets,
-                resize=self._config.resize,
-                picture=self._config.picture,
-                decode=self._config.decode,
-                limits=self._config.limits,
-                slots=DECODE_AHEAD,
-            )
-            self._decoders.append(decoder)
+            settings = decode_settings(self._config)
+            self._decoders.append(DecoderProcess(**settings, slots=DECODE_AHEAD))
         here = (row for row in unit.rows if row["live"] or _is_unchanged(row))
         turns = iter(zip(here, itertools.cycle(self._decoders), strict=False))
         waiting: deque[tuple[dict[str, Any], DecoderProcess]] = deque()

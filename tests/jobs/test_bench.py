@@ -15,6 +15,7 @@ from benchmarks.contenders import Stream, Target, spread
 from benchmarks.decode import ALL, Cell, ClipResult, Report, class_means, measure, numbers
 from benchmarks.record import append_result
 from jobs import bench
+from pipeline.discover import video_files
 from schemas.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -204,6 +205,6 @@ def test_results_are_appended_only_beside_their_folder(tmp_path: Path) -> None:
 
 def test_a_wrong_path_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
-        bench._files([tmp_path / "nowhere"])
+        video_files([tmp_path / "nowhere"])
     with pytest.raises(ConfigError, match="no video"):
-        bench._files([tmp_path])
+        video_files([tmp_path])

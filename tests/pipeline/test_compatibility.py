@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.choice import repeats
 from pipeline.compatibility import (
     Asked,
     cogvideox_floor,
@@ -176,7 +177,7 @@ def test_a_rule_pads_as_its_original_whatever_frames_short_says() -> None:
     clip = timeline([i * 40 for i in range(20)], last=40)
     choice = choose_frames(clip, num_frames=49, frames=config("cogvideox_floor", short="drop"))
     assert choice.pictures == (*range(20), *[19] * 29)
-    assert choice.duplicated == list(range(20, 49))
+    assert repeats(choice.pictures, choice.blends) == list(range(20, 49))
     assert choice.coverage == 1
     assert choice.step == 40
     assert choice.notes == ("20 pictures stretched over 49 frames, 2.5 times slower",)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
-from pipeline.choice import ONE
+from pipeline.choice import ONE, repeats
 from pipeline.frames import choose_frames
 from pipeline.short import hard_cuts, unblended_at
 from pipeline.timeline import Timeline
@@ -40,8 +40,8 @@ def test_nearest_shows_the_picture_nearest_in_time(clip: Timeline, num_frames: i
     assume(len(clip.pts) < num_frames)
     choice = choose_frames(clip, num_frames=num_frames, frames=FramesConfig(short="nearest"))
     assert choice.interpolated == []
-    assert len(choice.duplicated) == num_frames - len(set(choice.pictures))
-    assert choice.duplicated
+    assert len(repeats(choice.pictures, choice.blends)) == num_frames - len(set(choice.pictures))
+    assert repeats(choice.pictures, choice.blends)
     for i, picture in enumerate(choice.pictures):
         tick = clip.pts[0] + i * Fraction(clip.pts[-1] - clip.pts[0], num_frames - 1)
         assert abs(clip.pts[picture] - tick) == min(abs(other - tick) for other in clip.pts)
@@ -52,7 +52,7 @@ def test_a_time_on_a_picture_is_that_picture_and_between_two_is_their_blend() ->
     assert choice.pictures == (0, 0, 1, 1, 2)
     assert choice.blends == (0, 128, 0, 128, 0)
     assert choice.interpolated == [1, 3]
-    assert choice.duplicated == []
+    assert repeats(choice.pictures, choice.blends) == []
     assert choice.needed == [0, 1, 2]
 
 
@@ -109,11 +109,11 @@ def test_too_few_pictures_by_rule(policy: str) -> None:
 
     repeated = choose_frames(clip, num_frames=5, frames=config("repeat_last"))
     assert repeated.pictures == (0, 1, 2, 2, 2)
-    assert repeated.duplicated == [3, 4]
+    assert repeats(repeated.pictures, repeated.blends) == [3, 4]
     assert repeated.step == 40
     nearest = choose_frames(clip, num_frames=7, frames=config("nearest"))
     assert nearest.pictures == (0, 0, 1, 1, 1, 2, 2)
-    assert nearest.duplicated == [1, 3, 4, 6]
+    assert repeats(nearest.pictures, nearest.blends) == [1, 3, 4, 6]
     with pytest.raises(ClipError, match="3 pictures") as caught:
         choose_frames(clip, num_frames=5, frames=config("drop"))
     assert caught.value.reason == "too_short"
