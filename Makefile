@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 DEMO := data/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench bench-deps clean
+.PHONY: help install demo test check faults bench bench-deps clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pipeline,train,bench,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pipeline,train,bench,dev,s3,zarr]'
 	@touch $@
 
 demo: install  ## from clips to a trained step: about 5 minutes on 2 cores
@@ -44,6 +44,9 @@ check: install  ## formatting, lint, import contracts, types
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+
+faults: install  ## every fault of tests/faults, at every call and at random times: about 25 minutes on 2 cores
+	$(BIN)/python -m tests.faults.campaign
 
 bench: install  ## decode benchmark over CLIPS (default: the demo's clips)
 	$(BIN)/latentpress bench decode $(or $(CLIPS),$(DEMO)/clips)

@@ -10,11 +10,12 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from schemas.errors import EXIT_FAILED, LatentpressError, MissingExtraError
+from schemas.store import location
 
 EXTRAS = {
     **dict.fromkeys(("av", "matplotlib", "PIL", "ray", "transformers"), "pipeline"),
@@ -44,7 +45,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/preprocess/demo.toml.")
 ]
-DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder written by preprocess.")]
+Adopt = Annotated[
+    bool,
+    typer.Option(
+        "--adopt",
+        help="Go on with settings other than the dataset's, where that can be; leaves a record of it.",
+    ),
+]
+DatasetArgument = Annotated[
+    Path,
+    typer.Argument(
+        parser=location, metavar="DATASET", help="Folder written by preprocess, or s3://BUCKET/PREFIX."
+    ),
+]
 
 
 @app.command()
@@ -105,23 +118,47 @@ def validate(
 
 
 @app.command()
-def plan(config: Config, set_: Set = [], json_: Json = False) -> None:  # noqa: B006
+def plan(config: Config, set_: Set = [], adopt: Adopt = False, json_: Json = False) -> None:  # noqa: B006
     """Say what preprocess would do.
 
-    Clips per bucket, drops with reasons, tokens, disk, time and memory; writes nothing.
+    What changed since the last run and what runs for it, clips per bucket, drops with reasons, tokens, disk,
+    time and memory; writes nothing.
     """
-    raise typer.Exit(_job("plan").plan(config, overrides=set_, as_json=json_))
+    raise typer.Exit(_job("plan").plan(config, overrides=set_, adopt=adopt, as_json=json_))
 
 
 @app.command()
-def preprocess(config: Config, set_: Set = [], json_: Json = False) -> None:  # noqa: B006
+def preprocess(
+    config: Config,
+    set_: Set = [],  # noqa: B006
+    adopt: Adopt = False,
+    json_: Json = False,
+) -> None:
     """Turn videos into latent shards.
 
     Run it again to resume, to add rows to the manifest or to edit captions: only what is missing runs.
     Clips that cannot be used end in quarantine.parquet with a reason.
     """
     _one_thread_per_process()
-    raise typer.Exit(_job("preprocess").run(config, overrides=set_, as_json=json_))
+    raise typer.Exit(_job("preprocess").run(config, overrides=set_, adopt=adopt, as_json=json_))
+
+
+@app.command()
+def retry(
+    dataset: DatasetArgument,
+    reason: Annotated[
+        list[str],
+        typer.Option("--reason", metavar="CODE", help="Rows quarantined for this reason; repeatable."),
+    ] = [],  # noqa: B006
+    all_: Annotated[bool, typer.Option("--all", help="Rows quarantined for any reason.")] = False,
+    json_: Json = False,
+) -> None:
+    """Have quarantined rows tried again.
+
+    Such as those over a limit that was raised since. The next preprocess runs just these; what is
+    committed stays.
+    """
+    raise typer.Exit(_job("retry").retry(dataset, reasons=reason, everything=all_, as_json=json_))
 
 
 @app.command()
@@ -131,14 +168,31 @@ def verify(
         Path | None, typer.Option("-c", "--config", help="Also hold the card against this preprocess config.")
     ] = None,
     set_: Set = [],  # noqa: B006
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--sample",
+            metavar="N",
+            min=0,
+            help="Also decode N samples again and hold them against their latents.",
+        ),
+    ] = 0,
+    min_psnr: Annotated[
+        float | None,
+        typer.Option("--min-psnr", metavar="DB", help="Lowest mean PSNR of such a sample; 10 if not given."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Check every byte of a dataset.
 
     Hashes, shapes, NaN and Inf, every row exactly once, tables against records. Repairs nothing, but
-    says what would.
+    prints the commands that would. Exit code 3 where a sample differs from its source.
     """
-    raise typer.Exit(_job("verify").verify(dataset, config=config, overrides=set_, as_json=json_))
+    raise typer.Exit(
+        _job("verify").verify(
+            dataset, config=config, overrides=set_, samples=samples, min_psnr=min_psnr, as_json=json_
+        )
+    )
 
 
 @app.command()
@@ -156,6 +210,50 @@ def inspect(
     A PNG with time stamps, the difference and PSNR.
     """
     raise typer.Exit(_job("inspect").run(dataset, sample=sample, output=output, as_json=json_))
+
+
+@app.command()
+def gc(
+    dataset: DatasetArgument,
+    older_than: Annotated[
+        float,
+        typer.Option(
+            "--older-than",
+            metavar="HOURS",
+            min=0,
+            help="Leave what changed since; below a day only while no run is at work.",
+        ),
+    ] = 24.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    json_: Json = False,
+) -> None:
+    """Remove what killed runs left behind.
+
+    Temp files, shards that no commit names, unfinished uploads; each with its size. Nothing else is
+    touched.
+    """
+    raise typer.Exit(_job("gc").gc(dataset, older_than_h=older_than, dry_run=dry_run, as_json=json_))
+
+
+@app.command()
+def export(
+    dataset: DatasetArgument,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder to write.")],
+    format_: Annotated[
+        Literal["webdataset", "zarr"],
+        typer.Option("--format", help="Tar shards for any loader, or Zarr v3 arrays in chunks over time."),
+    ],
+    shard_mb: Annotated[
+        int, typer.Option(min=1, metavar="MB", help="webdataset: about the size of a shard.")
+    ] = 1000,
+    json_: Json = False,
+) -> None:
+    """Write a dataset for other loaders.
+
+    Self-contained samples: latents, prompt embeddings, caption, times and the scaling rule, checked on the
+    way. An export that is interrupted leaves no folder of that name.
+    """
+    raise typer.Exit(_job("export").export(dataset, output, form=format_, shard_mb=shard_mb, as_json=json_))
 
 
 @app.command()
@@ -259,6 +357,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except OSError as error:
         print(f"latentpress: {error}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("aiobotocore", "aiohttp", "botocore"):
+            raise
+        print(f"latentpress: the object store cannot be read: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     except SystemExit as stop:
         if stop.code != _TYPER_INTERRUPTED:

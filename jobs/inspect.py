@@ -1,16 +1,12 @@
 """`latentpress inspect`: one sample as a picture, source frames over what its latents decode to.
 
 In: a dataset folder and (optionally) a sample. Out: a PNG and a JSON-able description. The source is
-decoded again with the settings in the dataset's card, so the two rows differ by the encoder alone;
-where the file is gone, the latents are drawn without it.
-
-F pixel frames, T latent frames, C channels, H, W pixels (frames) or latent cells.
+decoded again, sandboxed, with the settings in the dataset's card, so the two rows differ by the encoder
+alone; where the file is gone or another one, the latents are drawn without it.
 """
 
 from __future__ import annotations
 
-import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +14,19 @@ import numpy as np
 
 from jobs.console import print_json
 from jobs.sheet import Sheet, draw_sheet
-from pipeline.decode import decode_clip
-from pipeline.video_encode import VideoEncoder, load_video_encoder
+from pipeline.fidelity import Redecoder, card_encoder, frame_psnr
 from schemas.card import Card, read_card
 from schemas.codec import as_float32
-from schemas.config import LimitsConfig
-from schemas.errors import EXIT_DONE, ClipError, DatasetError, StaleDatasetError
+from schemas.config import LimitsConfig, SourcesConfig
+from schemas.dataset import Dataset
+from schemas.errors import EXIT_DONE, DatasetError
 from schemas.index import read_index, read_quarantine, read_tensor
 
-PSNR_CEILING_DB = 100.0
-"""Given to identical frames, whose PSNR is infinite."""
 _LISTED = 5
 """Samples named in an error."""
 
 
-def run(dataset: Path, *, sample: str | None, output: Path | None, as_json: bool) -> int:
+def run(dataset: str | Path, *, sample: str | None, output: Path | None, as_json: bool) -> int:
     """The subcommand: draw, then say where the picture is."""
     result = inspect_sample(dataset, sample=sample, output=output)
     if as_json:
@@ -48,7 +42,7 @@ def run(dataset: Path, *, sample: str | None, output: Path | None, as_json: bool
 
 
 def inspect_sample(
-    dataset: Path, *, sample: str | None = None, output: Path | None = None, columns: int = 8
+    dataset: str | Path, *, sample: str | None = None, output: Path | None = None, columns: int = 8
 ) -> dict[str, Any]:
     """Draw one sample to `output` (default: `inspect-<id>.png` in the current folder) and describe it.
 
@@ -59,8 +53,12 @@ def inspect_sample(
     row = _choose(dataset, sample)
     clip = _clip_record(dataset, row)
     latents = read_tensor(dataset, row, card.latent_tensors[0])
-    decoded = _encoder(dataset, card).decode(as_float32(latents))
-    source, notes = _source_frames(row, card, shape=decoded.shape)
+    decoded = card_encoder(dataset, card).decode(as_float32(latents))
+    with Redecoder(card, limits=LimitsConfig(), sources=SourcesConfig()) as redecoder:
+        found = redecoder.frames(row)
+    if not isinstance(found, str) and found.shape != decoded.shape:
+        found = f"source now gives frames {found.shape}, the latents {decoded.shape}"
+    source, notes = (None, [found]) if isinstance(found, str) else (found, [])
     psnr = [] if source is None else frame_psnr(source, decoded)
     output = Path(output or f"inspect-{row['sample_id'][:12]}.png")
     sheet = Sheet(
@@ -89,28 +87,23 @@ def inspect_sample(
     }
 
 
-def frame_psnr(source: np.ndarray, decoded: np.ndarray) -> list[float]:
-    """Decibels of each frame of uint8 [F, H, W, 3] against its source."""
-    result = []
-    for a, b in zip(source, decoded, strict=True):
-        error = float(np.mean((a.astype(np.float32) - b) ** 2))
-        result.append(min(PSNR_CEILING_DB, 10 * np.log10(255**2 / error)) if error else PSNR_CEILING_DB)
-    return [round(float(value), 2) for value in result]
-
-
 # ------------------------------------------------------------------------------ the sample
 
 
-def _choose(dataset: Path, sample: str | None) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = read_index(dataset).to_pylist()
+def _choose(dataset: str | Path, sample: str | None) -> dict[str, Any]:
+    table = read_index(dataset)
+    rows: list[dict[str, Any]] = table.select(["sample_id", "source", "path"]).to_pylist()
     if not rows:
         raise DatasetError(f"{dataset} holds no samples; run `latentpress preprocess` with its config")
     if sample is None:
-        return rows[0]
-    named = [row for row in rows if sample in _names(row)]
-    found = {row["sample_id"]: row for row in named or rows if named or row["sample_id"].startswith(sample)}
+        named = [0]
+    else:
+        named = [i for i, row in enumerate(rows) if sample in _names(row)]
+        named = named or [i for i, row in enumerate(rows) if row["sample_id"].startswith(sample)]
+    found = {rows[i]["sample_id"]: i for i in named}
     if len(found) == 1:
-        return next(iter(found.values()))
+        row: dict[str, Any] = table.slice(next(iter(found.values())), 1).to_pylist()[0]
+        return row
     if found:
         listed = ", ".join(list(found)[:_LISTED])
         raise DatasetError(
@@ -129,60 +122,17 @@ def _names(row: dict[str, Any]) -> tuple[str, ...]:
     return (row["source"], row.get("path", ""), source.name, source.stem)
 
 
-def _clip_record(dataset: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """How the clip was decoded, from the `.json` beside its latents."""
-    try:
-        with tarfile.open(Path(dataset) / row["shard"]) as shard:
-            member = shard.extractfile(f"{row['sample_id']}.json")
-            assert member is not None, "written by the shard writer as a regular file"
-            clip: dict[str, Any] = json.loads(member.read())["clip"]
+def _clip_record(dataset: str | Path, row: dict[str, Any]) -> dict[str, Any]:
+    """How the clip was decoded, from the commit record of its unit."""
+    commit = Dataset(dataset).commit("latents", row["unit"])
+    for sample in commit.samples if commit else ():
+        if sample.key == row["sample_id"]:
+            clip: dict[str, Any] = sample.meta["clip"]
             return clip
-    except (OSError, KeyError, ValueError, tarfile.TarError) as error:
-        raise DatasetError(
-            f"shard {row['shard']}, sample {row['sample_id']}: its .json cannot be read ({error}); "
-            f"run `latentpress verify {dataset}`"
-        ) from error
-
-
-def _encoder(dataset: Path, card: Card) -> VideoEncoder:
-    """The encoder the card names; refused where this version's numbers mean something else."""
-    encoder = load_video_encoder(card.settings.video_encoder)
-    for field, value in encoder.hard_fields().items():
-        made_with = card.hard["latents"].get(f"video_encoder.{field}")
-        if made_with != value:
-            raise StaleDatasetError(
-                f"{dataset} was encoded with video_encoder.{field} = {made_with!r}, this is {value!r}: "
-                "its latents cannot be decoded here"
-            )
-    return encoder
-
-
-def _source_frames(
-    row: dict[str, Any], card: Card, *, shape: tuple[int, ...]
-) -> tuple[np.ndarray | None, list[str]]:
-    """The source decoded again, or None and the reason why not."""
-    if not Path(row["path"]).exists():
-        return None, [f"source file {row['path']} is gone"]
-    settings = card.settings
-    try:
-        frames, _, record = decode_clip(
-            row["path"],
-            start_s=row["start_s"],
-            end_s=row["end_s"],
-            clip=row["clip"],
-            frames=settings.frames,
-            buckets=settings.buckets,
-            resize=settings.resize,
-            picture=settings.picture,
-            decode=settings.decode,
-            limits=LimitsConfig(),
-        )
-    except ClipError as error:
-        return None, [f"source cannot be decoded again: {error.message}"]
-    if frames.shape != shape:
-        return None, [f"source now gives frames {frames.shape}, the latents {shape}"]
-    changed = list(record.pts_s) != row["pts_s"]
-    return frames, ["source file has changed since it was encoded"] if changed else []
+    raise DatasetError(
+        f"unit {row['unit']} has no commit record of sample {row['sample_id']}; "
+        f"run `latentpress verify {dataset}`"
+    )
 
 
 # ------------------------------------------------------------------------------- its words

@@ -1,7 +1,7 @@
 """`latentpress plan`: what preprocess would do, told before anything is written.
 
-Clips per bucket, drops with reasons, tokens, disk for latents and prompts, and an estimate of time
-and memory from a few clips decoded and encoded for trial.
+What changed in a dataset that is there already, clips per bucket, drops with reasons, tokens, disk for
+latents and prompts, and an estimate of time and memory from a few clips decoded and encoded for trial.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jobs.console import Pace, console, count_table, duration, print_json, size, table
+from jobs.growth import Growth, other_settings, say_other_settings
 from jobs.report import clip_counts, window_s
 from pipeline.clip import Placed
 from pipeline.graph import manifest_rows, wanted_card
@@ -28,12 +29,11 @@ from pipeline.survey import survey
 from pipeline.text_encode import load_text_encoder
 from pipeline.video_encode import load_video_encoder
 from schemas.bucket import bucket_name, video_tokens
-from schemas.card import Card, card_path, read_card, refuse_stale
+from schemas.card import Card, card_path, read_card
 from schemas.codec import DTYPES, TAGS
 from schemas.config import AT_A_RATE, BucketConfig, PreprocessConfig
-from schemas.dataset import Dataset, generation_key
-from schemas.errors import EXIT_DONE, EXIT_GATE, ClipError
-from schemas.index import read_quarantine
+from schemas.dataset import Dataset
+from schemas.errors import EXIT_DONE, EXIT_GATE, EXIT_USAGE, ClipError
 from schemas.load import load_config
 from schemas.manifest import ManifestRow
 
@@ -49,25 +49,34 @@ class _Chosen(NamedTuple):
     num_clips: int
 
 
-def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
-    """Plan the run of a config; the exit code of the command."""
+def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: bool = False) -> int:
+    """Plan the run of a config; the exit code of the command. `adopt` as for preprocess."""
     config = load_config(config_path, PreprocessConfig, overrides=overrides)
     card = wanted_card(config)
     rows = manifest_rows(config)
     dataset = Dataset(config.output)
     if card_path(dataset.root).exists():
-        refuse_stale(dataset.root, have=read_card(dataset.root), want=card)
+        have = read_card(dataset.root)
+        if differs := other_settings(dataset, have=have, want=card, adopt=adopt):
+            print_json({"other_settings": differs}) if as_json else say_other_settings(dataset, differs)
+            return EXIT_USAGE
+        card = have
 
     buckets: Counter[str] = Counter()
     drops: Counter[str] = Counter()
     notes: list[dict[str, Any]] = []
     dropped: list[dict[str, Any]] = []
     chosen: list[_Chosen] = []
+    clips: list[ManifestRow] = []
+    is_chosen: list[bool] = []
     counts: Counter[str] = Counter(clips=0, shorter_than_bucket=0, slowed_beyond_2x=0)
     leftover = 0.0
     pace = Pace("rows")
     for number, (row, found) in enumerate(survey(rows, config), 1):
         pace.tick(number, f"{len(dropped)} dropped")
+        each_clip = _clips(row, found, config)
+        clips += each_clip
+        is_chosen += [not isinstance(found, ClipError)] * len(each_clip)
         if isinstance(found, ClipError):
             drops[found.reason] += 1
             dropped.append(
@@ -81,12 +90,15 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
         buckets[bucket_name(bucket)] += found.num_clips
         chosen.append(_Chosen(row, bucket, found.num_clips))
 
-    done, failed = _done(dataset, chosen)
+    growth = Growth(dataset, card, config, clips, rows=len(rows))
+    done, failed = growth.done(np.array(is_chosen))
     captions = list(dict.fromkeys(row.caption for row in rows))
     report: dict[str, Any] = {
         "rows": len(rows),
         "kept_rows": len(chosen),
         "clips": counts["clips"],
+        "changes": growth.outlook.as_dict(),
+        "stale": growth.stale(),
         "already_done": done,
         "already_quarantined": failed,
         "buckets": dict(buckets.most_common()),
@@ -104,7 +116,7 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
         "prompts_bytes": _prompt_bytes(captions, config),
         **_estimate(chosen, config, remaining=counts["clips"] - done),
     }
-    print_json(report) if as_json else _print(report, config)
+    print_json(report) if as_json else _print(report, config, growth)
     if config.frames.short == "error" and drops["too_short"]:
         if not as_json:
             console.print("frames.short = 'error': preprocess would stop at the first row that is too short")
@@ -122,27 +134,12 @@ def _leftover_s(row: ManifestRow, placed: Placed, config: PreprocessConfig) -> f
     return window_s(row, placed) * max(0, placed.num_available - used) / max(1, placed.num_available)
 
 
-def _done(dataset: Dataset, chosen: Sequence[_Chosen]) -> tuple[int, int]:
-    """Clips that are committed and whose file has not been touched since, and how many of them were
-    quarantined."""
-    live = {generation_key(row): row for row in dataset.live_rows()}
-    done = failed = 0
-    known = read_quarantine(dataset.root)["sample_id"].to_pylist() if dataset.quarantine_path.exists() else []
-    quarantined = set(known)
-    for each in chosen:
-        clips = [live.get(replace(each.row, clip=clip).key) for clip in range(each.num_clips)]
-        if not any(clips):
-            continue
-        stat = os.stat(each.row.path)
-        for asked in filter(None, clips):
-            finished = (
-                dataset.commit_path("latents", asked["unit"]).exists()
-                and dataset.commit_path("prompts", asked["prompt_unit"]).exists()
-            )
-            finished &= (stat.st_size, stat.st_mtime_ns) == (asked["size"], asked["mtime_ns"])
-            done += finished
-            failed += finished and asked["sample_id"] in quarantined
-    return done, failed
+def _clips(row: ManifestRow, found: Placed | ClipError, config: PreprocessConfig) -> list[ManifestRow]:
+    """The clips that preprocess would ask for; of a row that cannot be placed, one that says so."""
+    if config.frames.clips == "head":
+        return [row]
+    count = 0 if isinstance(found, ClipError) else found.num_clips
+    return [replace(row, clip=clip, clips=count) for clip in range(max(1, count))]
 
 
 def _latent_bytes(bucket: BucketConfig, card: Card) -> int:
@@ -185,7 +182,12 @@ def _estimate(chosen: Sequence[_Chosen], config: PreprocessConfig, *, remaining:
     }
 
 
-def _print(report: dict[str, Any], config: PreprocessConfig) -> None:
+def _print(report: dict[str, Any], config: PreprocessConfig, growth: Growth) -> None:
+    console.print(str(growth.outlook))
+    for each in report["stale"][:_SHOWN]:
+        console.print(f"  row {each['row']}  {each['source']}: {each['cause']}: {each['runs']}")
+    if len(report["stale"]) > _SHOWN:
+        console.print(f"  ... and {len(report['stale']) - _SHOWN} more (--json lists all)")
     if report["clips"]:
         console.print(count_table("bucket", report["buckets"]))
     if report["drops"]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from jobs.console import console, count_table, print_json
@@ -13,10 +16,11 @@ from schemas.errors import EXIT_DONE, EXIT_FAILED, EXIT_GATE
 from schemas.load import load_config
 
 
-def run(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
+def run(config_path: Path, *, overrides: Sequence[str], adopt: bool, as_json: bool) -> int:
     """Preprocess; the exit code of the command."""
     config = load_config(config_path, PreprocessConfig, overrides=overrides)
-    summary, ran = preprocess(config)
+    with _ended_like_ctrl_c():
+        summary, ran = preprocess(config, adopt=adopt)
     unfinished = summary["clips"] - summary["kept"] - summary["quarantined"]
     over = summary["quarantine_rate"] > config.quarantine.max_rate
     if as_json:
@@ -24,6 +28,20 @@ def run(config_path: Path, *, overrides: Sequence[str], as_json: bool) -> int:
     else:
         report(config, summary, ran=ran, over=over)
     return EXIT_FAILED if unfinished else EXIT_GATE if over else EXIT_DONE
+
+
+@contextlib.contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM, which batch systems send, ends a run as Ctrl-C does: its workers and temp files go with it."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def report(config: PreprocessConfig, summary: dict[str, Any], *, ran: bool, over: bool) -> None:

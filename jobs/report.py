@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.console import console, table
 from jobs.histogram import Histogram
-from pipeline.clip import Decoded, Placed
+from pipeline.clip import HDR, Decoded, Placed
 from pipeline.short import SLOW
 from schemas.bucket import bucket_name
 from schemas.config import PreprocessConfig
@@ -24,7 +24,6 @@ _SHOWN = 40
 _SHOWN_WARNINGS = 10
 _SHOWN_NAMES = 8
 _MOST_SIZES = 10_000
-_HDR = ("smpte2084", "arib_std_b67")
 
 
 class Report:
@@ -71,7 +70,7 @@ class Report:
                 "rotated": int(info.rotation != 0),
                 "variable_rate": int(info.variable_rate),
                 "interlaced": int(info.interlaced),
-                "hdr": int(info.color_transfer in _HDR),
+                "hdr": int(info.color_transfer in HDR),
                 "untagged_color": int(info.color_rule.startswith("untagged")),
                 "alpha": int(info.alpha),
             }

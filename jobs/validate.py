@@ -23,7 +23,7 @@ from schemas.config import PreprocessConfig
 from schemas.errors import EXIT_DONE, EXIT_GATE, ClipError, ConfigError, ManifestError
 from schemas.ledger import Ledger
 from schemas.load import check_config, load_config
-from schemas.manifest import ManifestRow, RowProblem, checked_rows, write_manifest
+from schemas.manifest import ManifestRow, RowProblem, checked_rows, hidden_direction, write_manifest
 
 
 def validate(
@@ -87,7 +87,7 @@ def _good_rows(
     """The rows that can be used, in order; every row is counted in `report` on its way."""
 
     def readable() -> Iterator[ManifestRow]:
-        for item in checked_rows(manifest_items(manifest), ledger=ledger):
+        for item in checked_rows(manifest_items(manifest), ledger=ledger, sources=settings.sources):
             if isinstance(item, RowProblem):
                 report.add_problem(item)
             else:
@@ -100,11 +100,23 @@ def _good_rows(
             report.add_problem(RowProblem(row.number, row.source, found.reason, found.message))
         else:
             report.add(row, found)
+            _note_direction(row, report)
             _note_copy(row, copies, report)
             yield row
         pace.tick(report.good + report.bad, f"{report.bad} bad")
     if not report.good + report.bad:
         raise ManifestError(f"{manifest} holds no rows")
+
+
+def _note_direction(row: ManifestRow, report: Report) -> None:
+    character = hidden_direction(row.caption)
+    if character is not None:
+        report.add_warning(
+            row,
+            "hidden_direction",
+            f"the caption holds {character}, which shows text in another order than it is stored: the text "
+            "encoder does not read what you see",
+        )
 
 
 def _note_copy(row: ManifestRow, copies: Copies, report: Report) -> None:

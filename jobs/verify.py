@@ -1,4 +1,8 @@
-"""`latentpress verify`: findings for a person or a program; clean is exit code 0."""
+"""`latentpress verify`: findings for a person or a program; clean is exit code 0.
+
+With `samples`, also a gate: that many samples are decoded again from their sources and held against their
+latents; exit code 3 where one is past it, or where none could be compared.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,46 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.console import print_json
-from schemas.card import read_card, refuse_stale
-from schemas.check import Verdict, check_dataset
-from schemas.config import PreprocessConfig
-from schemas.errors import EXIT_DONE, EXIT_FAILED, ConfigError
+from jobs.console import print_json, size
+from jobs.gate import Gate
+from pipeline.collect import find_orphans
+from pipeline.fidelity import MIN_PSNR_DB, choose_samples, compare
+from schemas.adoption import refuse_stale
+from schemas.card import read_card
+from schemas.check import check_dataset
+from schemas.config import LimitsConfig, PreprocessConfig, SourcesConfig
+from schemas.dataset import Dataset
+from schemas.errors import EXIT_DONE, EXIT_FAILED, EXIT_GATE, ConfigError
 from schemas.load import load_config
+from schemas.store import location
+from schemas.verdict import Verdict
 
 _SHOWN = 50
 
 
-def verify(dataset: Path, *, config: Path | None, overrides: Sequence[str], as_json: bool) -> int:
-    """Check `dataset`, and with `config` also that its card is what that config asks for."""
+def verify(
+    dataset: str | Path,
+    *,
+    config: Path | None,
+    overrides: Sequence[str],
+    samples: int,
+    min_psnr: float | None,
+    as_json: bool,
+) -> int:
+    """Check `dataset`, and with `config` also that its card is what that config asks for.
+
+    `samples` of it are compared with their sources where there are no findings, under the limits and sources
+    of `config` if it is given; `min_psnr` in dB is their gate (MIN_PSNR_DB).
+    """
     card = read_card(dataset)
+    settings = None
     if config is None and overrides:
         raise ConfigError("--set changes a config; name it with -c CONFIG")
     if config is not None:
         from pipeline.graph import wanted_card
 
-        want = wanted_card(load_config(config, PreprocessConfig, overrides=overrides))
-        refuse_stale(dataset, have=card, want=want)
+        settings = load_config(config, PreprocessConfig, overrides=overrides)
+        refuse_stale(location(dataset), have=card, want=wanted_card(settings))
     live = sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:
@@ -33,23 +57,49 @@ def verify(dataset: Path, *, config: Path | None, overrides: Sequence[str], as_j
             print(f"\r{done}/{total} units", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     verdict = check_dataset(dataset, progress=progress)
+    if verdict.clean:
+        _note_orphans(dataset, verdict)
+    gate = None
+    if samples and not verdict.findings:
+        limits, sources = LimitsConfig(), SourcesConfig()
+        if settings is not None:
+            limits, sources = settings.limits, settings.sources
+        rows = choose_samples(dataset, card, samples)
+        gate = Gate(
+            list(compare(dataset, card, rows, limits=limits, sources=sources)),
+            min_psnr=MIN_PSNR_DB if min_psnr is None else min_psnr,
+        )
     if as_json:
-        print_json(verdict.as_dict())
+        print_json({**verdict.as_dict(), "fidelity": gate and gate.as_dict()})
     else:
         report(dataset, verdict)
-    return EXIT_DONE if verdict.clean else EXIT_FAILED
+        if gate:
+            gate.report()
+    if not verdict.clean:
+        return EXIT_FAILED
+    return EXIT_DONE if gate is None or gate.passed else EXIT_GATE
 
 
-def report(dataset: Path, verdict: Verdict) -> None:
+def _note_orphans(dataset: str | Path, verdict: Verdict) -> None:
+    orphans = find_orphans(Dataset(dataset), older_than_s=0)
+    if orphans:
+        nbytes = sum(orphan.nbytes for orphan in orphans)
+        verdict.notes.append(
+            f"{len(orphans)} files ({size(nbytes)}) are of no commit, such as {orphans[0].name}; "
+            f"`latentpress gc {dataset}` removes those that are old enough"
+        )
+
+
+def report(dataset: str | Path, verdict: Verdict) -> None:
     """The verdict for a person."""
     for finding in verdict.findings[:_SHOWN]:
         print(finding)
     if len(verdict.findings) > _SHOWN:
         print(f"... and {len(verdict.findings) - _SHOWN} more (--json lists all)")
+    for note in verdict.notes:
+        print(f"note: {note}")
     if verdict.unfinished:
-        print(
-            f"{verdict.unfinished} units are not done yet; run `latentpress preprocess` with its config again"
-        )
+        print(f"{verdict.unfinished} units are not done yet; to go on: {verdict.rerun}")
     print(
         f"{dataset}: {verdict.samples} samples, {verdict.prompts} prompts, "
         f"{verdict.quarantined} quarantined, {verdict.units} units, {verdict.nbytes / 1e6:.1f} MB: "

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorTrc
 
+from pipeline.clip import HDR
+from pipeline.color import TRANSFERS
 from pipeline.container import Video, check_pixels
 from pipeline.normalize import Normalizer
 from pipeline.packets import Packets
@@ -28,7 +29,6 @@ from schemas.errors import ClipError, MissingExtraError, RunError
 
 BATCH_BYTES = 128 * 2**20
 """Full-size RGB pictures held at once."""
-_HDR = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 
 
 class Given(NamedTuple):
@@ -49,7 +49,7 @@ class LibraryDecoder(ABC):
         self._video, self._timeline, self._limits = video, packets.timeline, limits
         if not packets.timed:
             raise self.refusal("its packets do not say when their pictures are shown")
-        if video.decoder.color_trc in _HDR:
+        if TRANSFERS.get(video.decoder.color_trc) in HDR:
             raise self.refusal("it is HDR, and 8-bit RGB has lost what tone mapping needs")
         pixels = video.decoder.format
         if video.stream.metadata.get("alpha_mode") == "1" or (

@@ -78,6 +78,13 @@ class ChildProcess:
         self.ready = True
         return message
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether the child, which is gone, died of a signal."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(EXIT_TIMEOUT_S) < 0
+        return False
+
     def epitaph(self) -> str:
         """How the child died, and the last it printed."""
         try:
@@ -89,8 +96,10 @@ class ChildProcess:
         return f"{how}; it said: {said}" if said else how
 
     def kill(self) -> None:
+        """End the child; one that waits for a file system that does not answer ends when that does."""
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(EXIT_TIMEOUT_S)
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):

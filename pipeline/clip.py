@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+HDR = {"smpte2084": "PQ", "arib_std_b67": "HLG"}
+"""Transfer curves of high dynamic range, and what people call them."""
+
 
 @dataclass(frozen=True)
 class ClipInfo:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc
 
+from pipeline.clip import HDR
 from schemas.config import PictureConfig
 from schemas.errors import ClipError
 
-HDR = {"smpte2084": "PQ", "arib_std_b67": "HLG"}
-"""Transfer curves of high dynamic range, and what people call them."""
 _MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}
 """FFmpeg's AVColorSpace numbers that swscale converts (BT.2020 of constant luminance, 10, as if it were
 not)."""
@@ -24,7 +23,8 @@ _UNCONVERTIBLE = {8: "YCgCo", 11: "YDzDx", 14: "ICtCp", 15: "IPT-C2", 16: "YCgCo
 """Those that it would silently take for something else."""
 _UNTAGGED_HD_HEIGHT = 720
 """Untagged pictures of at least this coded height are taken as BT.709, lower as BT.601 (as players do)."""
-_TRANSFERS = {int(curve): curve.name.lower() for curve in ColorTrc}
+TRANSFERS = {int(curve): curve.name.lower() for curve in ColorTrc}
+"""FFmpeg's numbers of transfer curves, and their names here."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Color:
 
 def color_of(frame: VideoFrame) -> Color:
     """The colour of a picture by its tags; matrix and range, where untagged, by the rule players use."""
-    transfer = _TRANSFERS.get(frame.color_trc, "unspecified")
+    transfer = TRANSFERS.get(frame.color_trc, "unspecified")
     wide = frame.color_primaries == ColorPrimaries.BT2020 or (
         frame.color_primaries == ColorPrimaries.UNSPECIFIED and transfer in HDR
     )

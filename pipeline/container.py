@@ -34,6 +34,8 @@ FORMATS = (
 """Demuxers a file may ask for. Playlists and image lists (hls, dash, concat, image2) stay out: they make
 FFmpeg open other files."""
 
+_DECLARING = ("mov", "matroska")
+"""Formats whose header states how long the file is."""
 _CONTENT_ERRORS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """FFmpeg's own VP8 and VP9 decoders drop the alpha channel."""
@@ -75,6 +77,8 @@ def open_video(path: str | Path, *, limits: LimitsConfig, threads: int = 1) -> I
         raise ClipError(
             "format_refused", f"not one of the supported containers: {describe(error)}"
         ) from error
+    except MemoryError as error:
+        raise ClipError("limit_memory", f"no memory to open the file: {describe(error)}") from error
     except (av.FFmpegError, OSError) as error:
         raise ClipError("open_failed", f"cannot be opened as a video: {describe(error)}") from error
     with container:
@@ -85,6 +89,7 @@ def open_video(path: str | Path, *, limits: LimitsConfig, threads: int = 1) -> I
         for other in container.streams:
             if other is not stream:
                 other.discard = Discard.all
+        _check_declared(container, stream, limits)
         decoder = _decoder(stream, threads)
         check_pixels(decoder.width, decoder.height, limits)
         yield Video(path, container, stream, decoder, file_bytes)
@@ -98,6 +103,22 @@ def check_pixels(width: int, height: int, limits: LimitsConfig) -> None:
             f"a picture of {width} x {height} = {width * height} pixels is over "
             f"limits.max_pixels = {limits.max_pixels}",
         )
+
+
+def _check_declared(container: InputContainer, stream: VideoStream, limits: LimitsConfig) -> None:
+    """ClipError where a header says that the file is over a limit: nothing of it is read then.
+
+    What a header says is never believed in the file's favour: packets are counted and timed as they come.
+    """
+    if container.format.name.split(",")[0] not in _DECLARING:
+        return  # FFmpeg estimates
+    seconds = (container.duration or 0) / av.time_base
+    if seconds > limits.max_seconds:
+        found = f"the header declares {seconds:.1f} s"
+        raise ClipError("limit_seconds", f"{found}, over limits.max_seconds = {limits.max_seconds}")
+    if stream.frames > limits.max_frames:
+        found = f"the header declares {stream.frames} pictures"
+        raise ClipError("limit_frames", f"{found}, over limits.max_frames = {limits.max_frames}")
 
 
 def describe(error: Exception) -> str:

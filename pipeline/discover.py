@@ -14,6 +14,7 @@ from pathlib import Path
 
 from schemas.errors import ConfigError, ManifestError
 from schemas.manifest import MAX_CAPTION_CHARS, SUFFIXES, ManifestRow, RowProblem, parse_row, read_manifest
+from schemas.store import is_url
 
 VIDEO_SUFFIXES = frozenset(
     {".3gp", ".avi", ".flv", ".gif", ".h264", ".h265", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"}
@@ -74,7 +75,7 @@ def search(folder: Path) -> Discovery:
                 items.append(replace(item, message=f"{item.message} ({name}, row {item.number})"))
                 continue
             listed.add(os.path.realpath(item.path))
-            inside = not os.path.isabs(item.source)
+            inside = not os.path.isabs(item.source) and not is_url(item.source)
             items.append(replace(item, source=os.path.relpath(item.path, folder)) if inside else item)
     alone = [name for name in videos if os.path.realpath(folder / name) not in listed]
     items += [_beside(folder, name, captions) for name in alone]

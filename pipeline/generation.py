@@ -1,77 +1,47 @@
-"""Manifest rows -> the next manifest generation: which rows are new, which went, which unit holds each.
+"""Manifest rows -> the next manifest generation, and generations -> units of work.
 
 Generations are append-only and exclusively created, so unit boundaries never move when data is
-added, and two drivers on one dataset agree on them. Rows are matched by what they are, so order,
-duplicates of content and edited captions change only what they must.
+added, and two drivers on one dataset agree on them. A unit is pending until its commit record exists; its
+rows are described when an executor takes it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
-import pyarrow as pa
+import numpy as np
 
+from pipeline.changes import Changes, find_changes
 from pipeline.commit import commit_once
 from pipeline.source import Source
 from pipeline.survey import survey
 from schemas.card import Card
 from schemas.config import PreprocessConfig
-from schemas.dataset import GENERATION_SCHEMA, Dataset, GenerationRow, generation_key
+from schemas.dataset import Dataset
 from schemas.errors import ClipError
-from schemas.index import parquet_bytes
+from schemas.history import KEY, Held, History
 from schemas.manifest import ManifestRow
-from schemas.sample import Family, caption_digest, sample_id
+from schemas.sample import Family
+from schemas.tables import sealed_parquet
+
+_FIELDS: dict[Family, tuple[str, ...]] = {
+    "latents": ("path", "source", "source_digest", "size", "mtime_ns", "start_s", "end_s", "clip"),
+    "prompts": ("caption",),
+}
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One unit of work: everything a worker needs to make its shard."""
-
-    family: Family
-    number: int
-    rows: tuple[dict[str, Any], ...]
-    """Each a key, whether it is `live` (still asked for) and a caption, or the source and its window."""
-
-
-@dataclass
-class _Allotment:
-    """Hands out units: a key keeps the unit it once got, new keys fill fresh units of `size`."""
-
-    size: int
-    units: dict[str, int] = field(default_factory=dict)
-    next_unit: int = 0
-    filled: int = 0
-
-    def note(self, key: str, unit: int) -> None:
-        self.units.setdefault(key, unit)
-        self.next_unit = max(self.next_unit, unit + 1)
-
-    def unit_of(self, key: str) -> int:
-        if key not in self.units:
-            if self.filled == 0:
-                self.next_unit += 1
-            self.units[key] = self.next_unit - 1
-            self.filled = (self.filled + 1) % self.size
-        return self.units[key]
-
-
-_LATENT_FIELDS = ("path", "source", "source_digest", "size", "mtime_ns", "start_s", "end_s", "clip")
-
-
-def known_sources(dataset: Dataset) -> dict[tuple[str, int, int], str]:
+def known_sources(history: History) -> dict[tuple[str, int, int], str]:
     """(path, size, mtime_ns) -> digest of every file any generation saw."""
-    return {
-        (row["path"], row["size"], row["mtime_ns"]): row["source_digest"]
-        for table in dataset.generations()
-        for row in table.to_pylist()
-    }
+    path, size, mtime, digest = (
+        history.table[name].to_pylist() for name in ("path", "size", "mtime_ns", "source_digest")
+    )
+    return dict(zip(zip(path, size, mtime, strict=True), digest, strict=True))
 
 
 def split_into_clips(
-    rows: Sequence[ManifestRow], config: PreprocessConfig, *, dataset: Dataset, sources: Mapping[str, Source]
+    rows: Sequence[ManifestRow], config: PreprocessConfig, *, history: History, sources: Mapping[str, Source]
 ) -> list[ManifestRow]:
     """One row per clip, where `frames.clips` makes several of a row.
 
@@ -81,9 +51,8 @@ def split_into_clips(
     """
     if config.frames.clips == "head":
         return list(rows)
-    known = {
-        (row["source_digest"], row["start_s"], row["end_s"]): row["clips"] for row in dataset.live_rows()
-    }
+    live = history.live_table(["source_digest", "start_s", "end_s", "clips"])
+    known = {(row["source_digest"], row["start_s"], row["end_s"]): row["clips"] for row in live.to_pylist()}
 
     def key(row: ManifestRow) -> tuple[str, float | None, float | None]:
         return (sources[row.path].digest, row.start_s, row.end_s)
@@ -105,117 +74,72 @@ def add_generation(
     rows: Sequence[ManifestRow],
     sources: Mapping[str, Source],
     unit_rows: int,
-) -> dict[str, int]:
-    """Append what changed against the live rows as a new generation; counts of added and removed rows.
+    history: History | None = None,
+) -> tuple[History, Changes]:
+    """Append what changed against the live rows as a new generation; the history with it, and what it is.
 
     Where another driver appends first, its generation is read and the difference taken anew.
     """
+    history = dataset.history(history)
     while True:
-        history = dataset.generations()
-        changes = _changes(dataset, card, rows=rows, sources=sources, unit_rows=unit_rows, history=history)
-        removed = sum(row["op"] == "remove" for row in changes)
-        had = {(generation_key(row), row["sample_id"]) for row in dataset.live_rows(history)}
-        noted = sum((generation_key(r), r["sample_id"]) in had for r in changes if r["op"] == "add")
-        counts = {"added": len(changes) - removed - noted, "removed": removed}
-        if not changes:
-            return counts
-        table = pa.Table.from_pylist(changes, schema=GENERATION_SCHEMA)
-        if commit_once(dataset.generation_path(len(history)), parquet_bytes(table)):
-            return counts
-
-
-def _changes(
-    dataset: Dataset,
-    card: Card,
-    *,
-    rows: Sequence[ManifestRow],
-    sources: Mapping[str, Source],
-    unit_rows: int,
-    history: Sequence[pa.Table],
-) -> list[GenerationRow]:
-    latents, prompts = _Allotment(unit_rows), _Allotment(unit_rows)
-    for table in history:
-        for old in table.to_pylist():
-            latents.note(old["sample_id"], old["unit"])
-            prompts.note(old["caption_digest"], old["prompt_unit"])
-    live = {generation_key(row): row for row in dataset.live_rows(history)}
-    present = {row["sample_id"] for row in live.values()}
-    changes: list[GenerationRow] = []
-    for row in rows:
-        source = sources[row.path]
-        key = sample_id(
-            source.digest,
-            start_s=row.start_s,
-            end_s=row.end_s,
-            clip=row.clip,
-            fingerprint=card.family_fingerprint("latents"),
+        changes = find_changes(
+            dataset, card, rows=rows, sources=sources, unit_rows=unit_rows, history=history
         )
-        extra = json.dumps(row.extra, sort_keys=True, default=str) if row.extra else ""
-        noted = {"source": row.source, "size": source.size, "mtime_ns": source.mtime_ns, "extra": extra}
-        noted["clips"] = row.clips
-        old = live.pop(row.key, None)
-        if old is not None and old["sample_id"] == key:
-            if any(old[name] != value for name, value in noted.items()):
-                changes.append({**old, **noted})  # touched or annotated: the same sample, in its unit
-            continue
-        if old is not None:  # the file's content changed under the same name
-            changes.append({**old, "op": "remove"})
-        if key not in present:
-            _forget_if_left_out(dataset, latents, key)
-        caption_key = caption_digest(row.caption, fingerprint=card.family_fingerprint("prompts"))
-        changes.append(
-            {
-                "op": "add",
-                "sample_id": key,
-                **noted,
-                "path": row.path,
-                "source_digest": source.digest,
-                "start_s": row.start_s,
-                "end_s": row.end_s,
-                "clip": row.clip,
-                "caption": row.caption,
-                "caption_digest": caption_key,
-                "unit": latents.unit_of(key),
-                "prompt_unit": prompts.unit_of(caption_key),
-            }
-        )
-    return [*changes, *({**row, "op": "remove"} for row in live.values())]
+        path = dataset.generation_path(history.generations)
+        if not changes.table.num_rows or commit_once(path, sealed_parquet(changes.table)):
+            return history.with_generation(changes.table), changes
+        history = dataset.history(history)
 
 
-def _forget_if_left_out(dataset: Dataset, latents: _Allotment, key: str) -> None:
-    """Give a row that comes back a fresh unit where its old one was committed without it.
+@dataclass(frozen=True)
+class Unit:
+    """One unit of work: everything a worker needs to make its shard."""
 
-    That happens when the row had been removed, and its file was gone or replaced, when the unit ran.
-    """
-    unit = latents.units.get(key)
-    commit = None if unit is None else dataset.commit("latents", unit)
-    if commit and key not in {*(s.key for s in commit.samples), *(f.key for f in commit.quarantined)}:
-        del latents.units[key]
+    family: Family
+    number: int
+    rows: tuple[dict[str, Any], ...]
+    """Each a key, whether it is `live` (still asked for) and a caption, or the source and its window."""
 
 
-def pending_units(dataset: Dataset, family: Family) -> list[Unit]:
+class Units(Sequence[Unit]):
+    """Units in order, each described when it is taken, so that the driver never holds the rows of all."""
+
+    def __init__(self, history: History, family: Family, held: Held, wanted: np.ndarray) -> None:
+        rows = np.flatnonzero(np.isin(held.unit, wanted))
+        self.family, self.num_rows = family, len(rows)
+        self.numbers, starts = np.unique(held.unit[rows], return_index=True)
+        self._bounds = np.append(starts, len(rows))
+        self._live = held.live[rows]
+        table = history.table.select([KEY[family], *_FIELDS[family]])
+        self._table = table.take(held.row[rows]).combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Unit]: ...
+    def __getitem__(self, index: int | slice) -> Unit | list[Unit]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        start, stop = self._bounds[index : index + 2].tolist()
+        rows = self._table.slice(start, stop - start).to_pylist()
+        live = self._live[start:stop].tolist()
+        described = [
+            {"key": row.pop(KEY[self.family]), "live": alive, **row}
+            for row, alive in zip(rows, live, strict=True)
+        ]
+        return Unit(self.family, int(self.numbers[index]), tuple(described))
+
+
+def pending_units(dataset: Dataset, family: Family, history: History | None = None) -> Units:
     """Units that hold live rows and have no commit record yet, in order.
 
-    A unit's rows are all keys ever put into it, also those no longer asked for (not `live`): what a
+    A unit's rows are all keys that belong to it, also those no longer asked for (not `live`): what a
     unit holds depends on when it runs only where a removed row's file is gone too.
     """
-    key, number = ("sample_id", "unit") if family == "latents" else ("caption_digest", "prompt_unit")
-    held: dict[int, dict[str, GenerationRow]] = {}
-    generations = dataset.generations()
-    for table in generations:
-        for row in table.to_pylist():
-            if row["op"] == "add":
-                held.setdefault(row[number], {})[row[key]] = row
-    live = dataset.live_rows(generations)
-    wanted = {row[number] for row in live}
-    live_keys = {row[key] for row in live}
-    pending = sorted(unit for unit in wanted if not dataset.commit_path(family, unit).exists())
-    fields = _LATENT_FIELDS if family == "latents" else ("caption",)
-
-    def described(name: str, row: GenerationRow) -> dict[str, Any]:
-        return {"key": name, "live": name in live_keys, **{field: row[field] for field in fields}}
-
-    return [
-        Unit(family, unit, tuple(described(name, row) for name, row in held[unit].items()))
-        for unit in pending
-    ]
+    history = history or dataset.history()
+    held = history.held(family)
+    return Units(history, family, held, np.setdiff1d(held.unit[held.live], dataset.finished()[family]))

@@ -8,7 +8,7 @@ everything after is rebuilt from commit records, so running the same command aga
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import os
 import platform
@@ -20,70 +20,94 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
-from pipeline.commit import TEMP_PREFIX, commit_once, make_folder, replace
+from pipeline.commit import Committing, commit_once, is_scaffold, make_folder, open_store, replace
 from pipeline.discover import discover
 from pipeline.executor import open_executor
-from pipeline.generation import Unit, add_generation, known_sources, pending_units, split_into_clips
-from pipeline.progress import Tally, gated_failures, track
+from pipeline.fetch import Fetcher
+from pipeline.foreman import stopped
+from pipeline.generation import Units, add_generation, known_sources, pending_units, split_into_clips
+from pipeline.outlook import outlook
+from pipeline.progress import EARLY_STOP_ROWS, EarlyStop, Tally, gated_failures, open_log, track
+from pipeline.reindex import TableCounts, update_tables
 from pipeline.source import identify
 from pipeline.text_encode import load_text_encoder
-from pipeline.unit import UnitResult
 from pipeline.video_encode import VideoEncoder, load_video_encoder
+from schemas.adoption import adoption_record, difference_lines, read_adoptions, refuse_stale
 from schemas.bucket import check_buckets
-from schemas.card import Card, card_bytes, card_path, make_card, read_card, refuse_stale
+from schemas.card import Card, card_bytes, card_path, hard_differences, make_card, read_card
 from schemas.config import PreprocessConfig
 from schemas.dataset import Dataset
-from schemas.errors import ConfigError, ManifestError, RunError, StaleDatasetError
-from schemas.index import build_tables, parquet_bytes
+from schemas.errors import ManifestError, RunError, StaleDatasetError
 from schemas.load import config_digest, resolved_toml
 from schemas.manifest import ManifestRow, RowProblem, read_manifest, split_rows
 from schemas.sample import Family
+from schemas.store import absolute
 
-EARLY_STOP_ROWS = 200
-"""Where more than half of the first so many rows fail, the config is wrong: the run stops."""
 _VERSIONED = ("latentpress", "torch", "av", "numpy", "transformers")
 
 
-def preprocess(config: PreprocessConfig) -> tuple[dict[str, Any], bool]:
-    """Run everything that is asked for and not yet committed; the summary, and whether anything ran."""
-    config = config.model_copy(update={"output": os.path.abspath(config.output)})
+def preprocess(config: PreprocessConfig, *, adopt: bool = False) -> tuple[dict[str, Any], bool]:
+    """Run everything that is asked for and not yet committed; the summary, and whether anything ran.
+
+    `adopt` goes on with settings other than the dataset's, where that can be, and leaves a record.
+    """
+    config = config.model_copy(update={"output": absolute(config.output)})
     dataset = Dataset(config.output)
 
     # Everything that can be wrong with what was asked is said before the first file is written.
     rows = manifest_rows(config)
     card = wanted_card(config)
-    card = settle_card(dataset, card)
+    refuse_foreign_folder(dataset)
 
-    # Identity of every file, then one generation that holds what changed since the last run.
-    known = known_sources(dataset)
-    sources = identify([row.path for row in rows], mode=config.identity, known=known)
-    clips = split_into_clips(rows, config, dataset=dataset, sources=sources)
-    changed = add_generation(dataset, card, rows=clips, sources=sources, unit_rows=config.units.rows)
-    into = f" make {len(clips)} clips" if len(clips) > len(rows) else ""
-    _say(f"{len(rows)} rows{into}: {changed['added']} new, {changed['removed']} removed since the last run")
+    # How commits can be made here is tested before anything counts on it.
+    with said_plainly(dataset), open_store(dataset.root) as committing:
+        card = settle_card(dataset, card, adopt=adopt)
 
-    # Prompts first, in their own pass over unique captions; then latents, one worker per unit.
-    pending: dict[Family, list[Unit]] = {
-        "prompts": pending_units(dataset, "prompts"),
-        "latents": pending_units(dataset, "latents"),
-    }
-    run = run_units(dataset, config, card, pending) if any(pending.values()) else None
+        # What was asked for before, read once; the tables as the last run should have left them.
+        before = dataset.history()
+        if len(before.live):
+            update_tables(dataset, card, before)
 
-    # Rebuilt from commit records alone.
-    index, quarantine = build_tables(dataset, card)
-    replace(dataset.index_path, parquet_bytes(index))
-    replace(dataset.quarantine_path, parquet_bytes(quarantine))
-    asked = {"rows": len(rows), "clips": len(clips)}
-    summary = summarize(dataset, config, card, asked=asked, index=index, quarantine=quarantine, run=run)
-    replace(dataset.summary_path, (json.dumps(summary, indent=1) + "\n").encode())
+        # Identity of every file, then one generation that holds what changed since the last run.
+        known = known_sources(before)
+        fetcher = Fetcher(config.sources, config.limits)
+        paths = [row.path for row in rows]
+        sources = identify(paths, mode=config.identity, known=known, fetcher=fetcher)
+        clips = split_into_clips(rows, config, history=before, sources=sources)
+        history, changes = add_generation(
+            dataset, card, rows=clips, sources=sources, unit_rows=config.units.rows, history=before
+        )
+        _say(str(outlook(dataset, changes, rows=len(rows), before=before, after=history)))
+
+        # Prompts first, in their own pass over unique captions; then latents, one worker per unit.
+        pending: dict[Family, Units] = {
+            "prompts": pending_units(dataset, "prompts", history),
+            "latents": pending_units(dataset, "latents", history),
+        }
+        run = run_units(dataset, config, card, pending, committing) if any(pending.values()) else None
+
+        # The tables follow from commit records alone; what another run asked for meanwhile counts too.
+        have = update_tables(dataset, card, dataset.history(history))
+        asked = {"rows": len(rows), "clips": len(clips)}
+        summary = summarize(dataset, config, card, asked=asked, have=have, run=run)
+        replace(dataset.summary_path, (json.dumps(summary, indent=1) + "\n").encode())
+    if run and run["stopped"]:
+        raise RunError(run["stopped"])
     return summary, run is not None
+
+
+@contextlib.contextmanager
+def said_plainly(dataset: Dataset) -> Iterator[None]:
+    """Turn an error of the dataset's file system into one sentence; what was begun can be resumed."""
+    try:
+        yield
+    except OSError as error:
+        raise stopped("the dataset cannot be written or read", error, where=str(dataset.root)) from error
 
 
 def manifest_rows(config: PreprocessConfig) -> list[ManifestRow]:
     """The rows of the manifest, or of a folder; ManifestError listing every row that cannot be used."""
-    rows, problems = split_rows(manifest_items(Path(config.manifest)))
+    rows, problems = split_rows(manifest_items(Path(config.manifest)), sources=config.sources)
     if problems:
         raise ManifestError(
             f"{config.manifest}: {len(problems)} of {len(rows) + len(problems)} rows cannot be used; mend or "
@@ -124,25 +148,31 @@ def wanted_card(config: PreprocessConfig) -> Card:
     )
 
 
-def settle_card(dataset: Dataset, want: Card) -> Card:
-    """Write the card of a new dataset, or hold the existing one against what is wanted."""
-    path = card_path(dataset.root)
-    if not path.exists():
-        # A temp file is that of a run that was killed here, or is at this line now.
-        if dataset.root.is_dir() and any(
-            not entry.name.startswith((TEMP_PREFIX, path.name)) for entry in dataset.root.iterdir()
-        ):
+def refuse_foreign_folder(dataset: Dataset) -> None:
+    """StaleDatasetError where the output folder holds other things than a dataset."""
+    # A temp file is that of a run that was killed here, or is at work now; so is a card.
+    if not card_path(dataset.root).exists() and dataset.root.is_dir():
+        names = [entry.name for entry in dataset.root.iterdir()]
+        if any(not is_scaffold(name) for name in names) and card_path(dataset.root).name not in names:
             raise StaleDatasetError(
                 f"{dataset.root} is not empty and has no card.json, so it is not a latent dataset; "
                 "give another --set output=FOLDER"
             )
-        try:
-            make_folder(dataset.root)
-            commit_once(path, card_bytes(want))
-        except OSError as error:
-            raise ConfigError(f"output: {dataset.root} cannot be written: {error.strerror}") from error
+
+
+def settle_card(dataset: Dataset, want: Card, *, adopt: bool) -> Card:
+    """Write the card of a new dataset, or hold the existing one against what is wanted."""
+    if not card_path(dataset.root).exists():
+        commit_once(card_path(dataset.root), card_bytes(want))
     have = read_card(dataset.root)
+    if adopt:
+        generation = dataset.history().generations
+        record = adoption_record(dataset.root, have=have, want=want, generation=generation)
+        if record and not commit_once(*record):
+            raise RunError(f"another run adopted settings for {dataset.root} just now; run this again")
     refuse_stale(dataset.root, have=have, want=want)
+    if adopted := hard_differences(have, want):
+        _say(f"note: settings adopted in place of the dataset's:\n{difference_lines(adopted)}")
     for name, version in want.soft.items():
         if have.soft.get(name) != version:
             _say(f"note: {name} is {version}, the dataset was begun with {have.soft.get(name)}")
@@ -150,35 +180,57 @@ def settle_card(dataset: Dataset, want: Card) -> Card:
 
 
 def run_units(
-    dataset: Dataset, config: PreprocessConfig, card: Card, pending: dict[Family, list[Unit]]
+    dataset: Dataset,
+    config: PreprocessConfig,
+    card: Card,
+    pending: dict[Family, Units],
+    committing: Committing,
 ) -> dict[str, Any]:
-    """Run the pending units of both families; rates and seconds of this run."""
-    folder = dataset.runs / time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    """Run the pending units of both families; rates, seconds and protections of this run, and under
+    `stopped` the sentence it was stopped with, if it was."""
+    folder = dataset.runs / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
     make_folder(folder)
     replace(folder / "config.toml", resolved_toml(config).encode())
-    run: dict[str, Any] = {}
-    with open_executor(config, card) as executor, (folder / "log.jsonl").open("a") as log:
-        run["executor"] = {"kind": executor.name, "workers": executor.workers}
-        for family, units in pending.items():
-            tally = Tally(family, total=sum(len(unit.rows) for unit in units))
-            for result in track(executor.run(units), tally):
-                log.write(json.dumps(dataclasses.asdict(result)) + "\n")
-                log.flush()
-                _stop_early(tally, result)
-            if units:
-                run[family] = tally.summary(workers=executor.workers)
+    run: dict[str, Any] = {"stopped": None, "sandbox": {}}
+    incidents: Counter[str] = Counter()
+    with open_log(folder) as log:
+
+        def note(kind: str, sentence: str) -> None:
+            incidents[kind] += 1
+            log({"incident": kind, "what": sentence})
+
+        with open_executor(config, card, committing=committing, note=note) as executor:
+            run["executor"] = {"kind": executor.name, "workers": executor.workers}
+            for family, units in pending.items():
+                incidents.clear()
+                tally = Tally(family, total=units.num_rows, incidents=incidents)
+                early = EarlyStop(*committed_before(dataset, family), allowed=config.quarantine.max_rate)
+                for result in track(executor.run(units), tally):
+                    if result.uncommitted is not None:
+                        path = dataset.commit_path(family, result.unit)
+                        make_folder(path.parent)
+                        commit_once(path, result.uncommitted)
+                    log(result.facts())
+                    run["sandbox"].update(result.protections)
+                    run["stopped"] = early.verdict(result)
+                    if run["stopped"]:
+                        break
+                if units:
+                    run[family] = tally.summary(workers=executor.workers)
+                if run["stopped"]:
+                    break
     return run
 
 
-def _stop_early(tally: Tally, result: UnitResult) -> None:
-    before = tally.done - result.kept - len(result.failures)
-    if before < EARLY_STOP_ROWS <= tally.done and tally.unwanted * 2 > tally.done:
-        reason, count = tally.reasons.most_common(1)[0]
-        raise RunError(
-            f"{tally.unwanted} of the first {tally.done} clips failed, {count} of them with {reason!r} "
-            f"(such as {result.failures[0][1] if result.failures else 'earlier ones'}): "
-            "this looks like a wrong config, so the run stopped. Look at one file with `latentpress validate`"
-        )
+def committed_before(dataset: Dataset, family: Family) -> tuple[int, Counter[str]]:
+    """Kept and failed clips of earlier runs, where these were too few to be judged; else none."""
+    kept, reasons = 0, Counter[str]()
+    for commit in dataset.commits(family, dataset.finished()[family][:EARLY_STOP_ROWS].tolist()):
+        kept += len(commit.samples)
+        reasons.update(failure.reason for failure in commit.quarantined)
+        if kept + reasons.total() >= EARLY_STOP_ROWS:
+            return 0, Counter()
+    return kept, reasons
 
 
 def summarize(
@@ -187,25 +239,22 @@ def summarize(
     card: Card,
     *,
     asked: dict[str, int],
-    index: pa.Table,
-    quarantine: pa.Table,
+    have: TableCounts,
     run: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """`summary.json`: the dataset as it stands, and the last run that had work to do."""
     if run is None and dataset.summary_path.exists():
         run = json.loads(dataset.summary_path.read_bytes()).get("last_run")
-    reasons = Counter(quarantine["reason"].to_pylist())
-    gated = gated_failures(reasons)
-    buckets = Counter(index["bucket"].to_pylist())
     return {
         **asked,
-        "kept": index.num_rows,
-        "quarantined": quarantine.num_rows,
-        "quarantine_rate": round(gated / asked["clips"], 4),
-        "reasons": dict(reasons.most_common()),
-        "buckets": dict(buckets.most_common()),
-        "num_tokens": sum(index["num_tokens"].to_pylist()),
+        "kept": have.kept,
+        "quarantined": have.quarantined,
+        "quarantine_rate": round(gated_failures(have.reasons) / asked["clips"], 4),
+        "reasons": dict(have.reasons.most_common()),
+        "buckets": dict(have.buckets.most_common()),
+        "num_tokens": have.num_tokens,
         "fingerprint": card.fingerprint,
+        "adopted": [record["fields"] for record in read_adoptions(dataset.root)],
         "config_digest": config_digest(config),
         "bottleneck": run["latents"]["bottleneck"] if run and "latents" in run else None,
         "last_run": run,

@@ -21,8 +21,7 @@ from av.video.stream import VideoStream
 from pipeline.container import Video
 from pipeline.hidden import shows
 from pipeline.reread import Outline, Rereader
-from pipeline.short import MAX_GAP
-from pipeline.timeline import Timeline
+from pipeline.timeline import MAX_GAP, Timeline
 from schemas.config import LimitsConfig
 from schemas.errors import ClipError
 
@@ -66,6 +65,7 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
     kept: list[Packet[VideoStream]] | None = []
     total_bytes, damage = 0, ""
     joined, codec = _Joined(), video.codec
+    earliest: int | None = None
     try:
         for packet in video.container.demux(video.stream):
             if not packet.size:
@@ -80,6 +80,7 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
                 kept = None
             if kept is not None:
                 kept.append(packet)
+            shown = not packet.is_discard and shows(codec, memoryview(packet))
             outline.append(
                 Outline(
                     packet.pts,
@@ -88,9 +89,12 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
                     packet.duration or 0,
                     packet.size,
                     packet.is_keyframe,
-                    not packet.is_discard and shows(codec, memoryview(packet)),
+                    shown,
                 )
             )
+            if packet.pts is not None and shown:
+                earliest = packet.pts if earliest is None else min(earliest, packet.pts)
+                _check_seconds(float((packet.pts - earliest) * (packet.time_base or 0)), limits)
     except MemoryError as error:
         raise ClipError("limit_memory", f"no memory for the packets: {error}") from error
     except av.FFmpegError as error:
@@ -99,10 +103,10 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
         raise ClipError("no_pictures", damage or "the video stream holds no packets")
     timed = _timed(outline)
     timeline = _timeline(outline, video.stream, timed=timed)
-    if timeline.duration_s > limits.max_seconds:
+    _check_seconds(timeline.duration_s, limits)
+    if len(timeline.pts) > 2 and timeline.fps > limits.max_fps:  # fewer have no rate to speak of
         raise ClipError(
-            "limit_seconds",
-            f"{timeline.duration_s:.1f} s long, over limits.max_seconds = {limits.max_seconds}",
+            "limit_fps", f"{timeline.fps:g} pictures per second, over limits.max_fps = {limits.max_fps:g}"
         )
     pts = [packet.pts for packet in outline]
     known = [tick for tick in pts if tick is not None]
@@ -114,6 +118,13 @@ def read_packets(video: Video, *, limits: LimitsConfig) -> Packets:
         often = "once" if joined.jumps == 1 else f"{joined.jumps} times"
         notes.append(f"its times go back {often}: the parts are taken one after the other")
     return Packets(video, timeline, pts, keys, again, timed and not numbered, (*notes, *_holes(timeline)))
+
+
+def _check_seconds(seconds: float, limits: LimitsConfig) -> None:
+    if seconds > limits.max_seconds:
+        raise ClipError(
+            "limit_seconds", f"{seconds:.1f} s or longer, over limits.max_seconds = {limits.max_seconds}"
+        )
 
 
 class _Joined:

@@ -1,20 +1,28 @@
 """What a person sees while units run, and what `summary.json` says afterwards.
 
 On a terminal one live line, elsewhere a plain line every few seconds; both say the same: clips,
-rates, quarantined so far and the time left.
+rates, quarantined so far, what went wrong and was tried again, and the time left.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from pipeline.commit import replace
 from pipeline.unit import UnitResult
+from schemas.store import is_remote
 
+EARLY_STOP_ROWS = 200
+"""Where more than half of the first so many clips fail, the run stops."""
 _PLAIN_EVERY_S = 5.0
 STAGES = ("load", "decode", "encode", "write")
 """What a worker's wall clock goes to; decoding runs in its child, beside the others."""
@@ -41,6 +49,10 @@ class Tally:
     video_s: float = 0.0
     nbytes: int = 0
     seconds: Counter[str] = field(default_factory=Counter)
+    found: int = 0
+    """Of these clips, committed by another driver: they count for no rate."""
+    incidents: Counter[str] = field(default_factory=Counter)
+    """What the foreman reported, by kind."""
     started: float = field(default_factory=time.perf_counter)
     wall_s: float = 0.0
 
@@ -59,6 +71,7 @@ class Tally:
     def add(self, result: UnitResult) -> None:
         self.kept += result.kept
         self.reasons.update(reason for reason, _ in result.failures)
+        self.found += 0 if result.ours else result.kept + len(result.failures)
         self.video_s += result.video_s
         self.nbytes += result.nbytes
         self.seconds.update(result.seconds)
@@ -66,11 +79,14 @@ class Tally:
 
     def line(self) -> str:
         """One aligned line."""
-        rate = self.done / self.wall_s if self.wall_s else 0.0
+        rate = (self.done - self.found) / self.wall_s if self.wall_s else 0.0
         left = f"{_clock(round((self.total - self.done) / rate))}" if rate else "-:--"
         text = f"{self.label:8} {self.done:>{len(str(self.total))}}/{self.total}  {rate:6.2f}/s"
         if self.label == "latents":
             text += f"  {self.video_s / max(self.wall_s, 1e-9):6.1f} video-s/s  quarantined {self.failed}"
+        text += "".join(
+            f"  {kind.replace('_', ' ')} {count}" for kind, count in sorted(self.incidents.items())
+        )
         return f"{text}  {_clock(round(self.wall_s))} gone, {left} left"
 
     def summary(self, *, workers: int) -> dict[str, Any]:
@@ -80,13 +96,44 @@ class Tally:
         return {
             "clips": self.done,
             "wall_s": round(self.wall_s, 3),
-            "clips_per_s": round(self.done / wall, 3),
+            "clips_by_other_drivers": self.found,
+            "incidents": dict(sorted(self.incidents.items())),
+            "clips_per_s": round((self.done - self.found) / wall, 3),
             "video_s_per_s": round(self.video_s / wall, 2),
             "bytes": self.nbytes,
             "stage_seconds": {**busy, "decode_wait": round(self.seconds.get("decode_wait", 0.0), 3)},
             "stage_busy": {stage: round(seconds / (wall * workers), 3) for stage, seconds in busy.items()},
             "bottleneck": max(busy, key=lambda stage: busy[stage]) if self.done else None,
         }
+
+
+@dataclass
+class EarlyStop:
+    """Watches the first clips of a dataset, however many runs they take: most of them failing means that
+    the config is wrong, and a week of quarantining would not show it better."""
+
+    kept: int
+    reasons: Counter[str]
+    """Of earlier runs, where fewer than EARLY_STOP_ROWS were done."""
+    allowed: float
+    """`quarantine.max_rate`; above a half it says that so many failures are expected."""
+
+    def verdict(self, result: UnitResult) -> str | None:
+        """The sentence to stop with, said once, where `result` completes the first EARLY_STOP_ROWS clips."""
+        before = self.kept + self.reasons.total()
+        self.kept += result.kept
+        self.reasons.update(reason for reason, _ in result.failures)
+        done, failed = self.kept + self.reasons.total(), gated_failures(self.reasons)
+        if not before < EARLY_STOP_ROWS <= done or failed <= done * max(0.5, self.allowed):
+            return None
+        reason, count = self.reasons.most_common(1)[0]
+        example = next((source for _, source in result.failures), "earlier ones")
+        return (
+            f"{failed} of the first {done} clips failed, {count} of them with {reason!r} (such as "
+            f"{example}): this looks like a wrong config, so the run stopped. Look at one file with "
+            "`latentpress validate`; if so many failures are expected, raise quarantine.max_rate and run the "
+            "same command again"
+        )
 
 
 def _clock(seconds: int) -> str:
@@ -111,3 +158,21 @@ def track(results: Iterable[UnitResult], tally: Tally) -> Iterator[UnitResult]:
         yield result
     if tally.done:
         print(f"\r\x1b[K{tally.line()}" if live else tally.line(), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def open_log(folder: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """`log.jsonl` in `folder`, a line at once on disk for every call; an object store gets it at the end."""
+    remote = is_remote(folder)
+    with tempfile.TemporaryFile("w+") if remote else (folder / "log.jsonl").open("a") as file:
+
+        def log(facts: Mapping[str, Any]) -> None:
+            file.write(json.dumps(facts) + "\n")
+            file.flush()
+
+        try:
+            yield log
+        finally:
+            if remote:
+                file.seek(0)
+                replace(folder / "log.jsonl", file.read().encode())

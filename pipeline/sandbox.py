@@ -4,7 +4,9 @@ In: `DecodeRequest`s. Out: `Clip`s in the order asked, their frames in shared me
 decoders crash, hang and eat memory on bad files, and no thread can stop them; a process can be killed.
 One child serves one `DecoderProcess`, decodes ahead into a ring of slots while the caller uses the clip
 before, and is replaced when it dies. A clip whose decode kills the child is tried once more, alone in
-a new child, and fails as `decoder_crash` if it does so again; one that takes too long fails as `timeout`.
+a new child, and fails as `decoder_crash` if it does so again; one that takes too long fails as `timeout`,
+and one over whose decoding our own code stumbles as `internal`. What the kernel here cannot enforce is
+said once, on stderr, and stops nothing.
 
 F frames, H, W pixels of the bucket.
 """
@@ -15,6 +17,7 @@ import itertools
 import math
 import mmap
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +28,7 @@ import numpy as np
 
 from pipeline.child_process import START_TIMEOUT_S, ChildProcess
 from pipeline.clip import ClipInfo, ClipRecord, Decoded, Placed
+from pipeline.confine import NOT_ENFORCED
 from schemas.config import (
     BucketConfig,
     DecodeConfig,
@@ -36,6 +40,8 @@ from schemas.config import (
 )
 from schemas.errors import ClipError, RunError
 
+MAX_STARTS = 3
+"""A child that is killed while it starts is started this often: it has not seen a file yet."""
 _PICTURE, _DECODE = PictureConfig(), DecodeConfig()
 
 
@@ -134,7 +140,11 @@ class DecoderProcess:
             "slots": self._slot_fds,
             "slot_bytes": slot_bytes,
             "parent": os.getpid(),
+            "keep_root": False,
         }
+        self._failed_starts = 0
+        self.protections: dict[str, str] = {}
+        """What holds the child, or `not enforced` and why; empty until a child has started."""
         self._free = deque(range(slots))
         self._numbers = itertools.count()
         self._clips: deque[_Job] = deque()
@@ -239,7 +249,11 @@ class DecoderProcess:
             self._retire()
             return
         if message is None and not self._child.ready:
-            raise RunError(f"the decoder process does not start: {self._child.epitaph()}")
+            self._failed_starts += 1
+            if not self._child.was_killed or self._failed_starts == MAX_STARTS:
+                raise RunError(f"the decoder process does not start: {self._child.epitaph()}")
+            self._retire()
+            return
         if message is None:
             job.crashes += 1
             died = self._child.epitaph()
@@ -248,6 +262,13 @@ class DecoderProcess:
             self._retire()
         elif "id" not in message:  # the child is ready, or takes up the clip
             job.started = message["at"]
+            if "protections" in message:
+                self._failed_starts = 0
+                self.protections = message["protections"]
+                _tell_once({k: v for k, v in self.protections.items() if v.startswith(NOT_ENFORCED)})
+        elif message.get("denied") and self._may_keep_root(job.request.path):
+            self._setup["keep_root"] = True
+            self._retire()
         else:
             self._sent.popleft()
             job.answer = message
@@ -257,6 +278,11 @@ class DecoderProcess:
                 self._give_back(job)
             if message.get("error") == "limit_memory":
                 self._retire()
+
+    def _may_keep_root(self, path: str) -> bool:
+        """Whether a file that the child may not read is only root's to read: of a mount that trusts no other
+        user, as FUSE and NFS can be."""
+        return not self._setup["keep_root"] and os.geteuid() == 0 and os.access(path, os.R_OK)
 
     def _retire(self) -> None:
         """End the child; what it had not answered waits again, in order."""
@@ -276,3 +302,14 @@ class DecoderProcess:
         if self._child is not None:
             self._child.kill()
             self._child = None
+
+
+_told: set[str] = set()
+
+
+def _tell_once(missing: dict[str, str]) -> None:
+    """Say what the sandbox cannot enforce here, once a process and reason."""
+    for protection, why in missing.items():
+        if (line := f"sandbox: {protection} {why}") not in _told:
+            _told.add(line)
+            print(f"{line} (docs/safety.md)", file=sys.stderr, flush=True)

@@ -1,38 +1,34 @@
 """The decoder's own process: `python -m pipeline.sandbox_child` reads requests, decodes, answers.
 
 In: one JSON object a line on stdin. Out: one JSON object a line on what was stdout; frames go into shared
-memory that the parent made. The process gives up what it does not need before it touches a file: no
-file writes, no core dumps, no children, bounded memory, and it dies with its parent. It keeps the file it
-opened last, for the next row of it. It imports PyAV and numpy, never torch, so that a new one starts in a
-moment.
+memory that the parent made. The process gives up what it does not need before it touches a file
+(`pipeline.confine`), and says what holds it. It keeps the file it opened last, for the next row of it. It
+imports PyAV and numpy, never torch, so that a new one starts in a moment.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import gc
 import json
 import mmap
 import os
-import resource
-import signal
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, TextIO
 
 import av
 import numpy as np
 
+from pipeline.confine import confine
 from pipeline.decode import decode_clip
 from pipeline.media import LastMedia
 from pipeline.placement import place_clip
 from schemas.config import BucketConfig, DecodeConfig, FramesConfig, LimitsConfig, PictureConfig, ResizeConfig
 from schemas.errors import ClipError, ConfigError, RunError
-
-MAX_OPEN_FILES = 64
-_PR_SET_PDEATHSIG = 1
 
 
 def serve(decode: Callable[..., Any] = decode_clip) -> None:
@@ -51,13 +47,18 @@ def serve(decode: Callable[..., Any] = decode_clip) -> None:
     }
     broken = _load_backend(settings["decode"])
     slots = [np.frombuffer(mmap.mmap(fd, setup["slot_bytes"]), np.uint8) for fd in setup["slots"]]
-    _give_up_rights(setup["parent"], settings["limits"].memory_bytes, settings["decode"])
+    protections = confine(
+        parent=setup["parent"],
+        limits=settings["limits"],
+        decode=settings["decode"],
+        keep_root=setup["keep_root"],
+    )
     # PyAV's log handler takes Python's lock. A decoder thread would wait for it while the thread that holds
     # it waits for the decoder to end, so with several there is no handler, and messages are shorter.
     av.logging.set_level(av.logging.PANIC if settings["decode"].threads == 1 else None)
     gc.collect()
     gc.freeze()  # so that the collections below have next to nothing to look at
-    _send(answers, {"at": time.monotonic()})
+    _send(answers, {"at": time.monotonic(), "protections": protections})
     for line in sys.stdin:
         request = json.loads(line)
         _send(answers, {"at": time.monotonic()})
@@ -95,12 +96,10 @@ def _answer(
             **window,
             **settings,
         )
-    except ClipError as error:
-        return {"error": error.reason, "message": error.message}
     except (RunError, ConfigError) as error:
         return {"fatal": str(error)}
-    except MemoryError as error:
-        return {"error": "limit_memory", "message": f"no memory: {error or type(error).__name__}"}
+    except Exception as error:
+        return _failure(error, request["path"])
     return {
         "shape": frames.shape,
         "bucket": bucket,
@@ -109,24 +108,43 @@ def _answer(
     }
 
 
+def _failure(error: Exception, path: str) -> dict[str, Any]:
+    """The answer to a clip that failed."""
+    causes = list(_causes(error))
+    if any(isinstance(cause, MemoryError) or _errno(cause) == errno.ENOMEM for cause in causes):
+        return {"error": "limit_memory", "message": f"no memory within limits.memory_bytes: {error}"}
+    if isinstance(error, ClipError):
+        denied = any(isinstance(cause, PermissionError) for cause in causes) and _is_denied(path)
+        return {"error": error.reason, "message": error.message, "denied": denied}
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(last.filename)}:{last.lineno} in {last.name}"
+    message = f"an error of ours, please report it: {type(error).__name__}: {error} ({where})"
+    return {"error": "internal", "message": message}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _errno(error: BaseException) -> int | None:
+    return error.errno if isinstance(error, OSError) else None
+
+
+def _is_denied(path: str) -> bool:
+    """Whether this process may not open the file."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return False
+
+
 def _send(answers: TextIO, message: dict[str, Any]) -> None:
     answers.write(json.dumps(message) + "\n")
     answers.flush()
-
-
-def _give_up_rights(parent: int, memory_bytes: int, decode: DecodeConfig) -> None:
-    most = {resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: MAX_OPEN_FILES}
-    if decode.device == "cpu":  # CUDA reserves addresses far beyond what it uses
-        most[resource.RLIMIT_AS] = memory_bytes
-    if decode.backend == "pyav" and decode.threads == 1:  # a thread counts as a process
-        most[resource.RLIMIT_NPROC] = 0  # has no effect for root
-    for limit, value in most.items():
-        hard = resource.getrlimit(limit)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (value, value))
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        sys.exit(1)
 
 
 if __name__ == "__main__":

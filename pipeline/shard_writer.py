@@ -1,7 +1,8 @@
 """Samples -> one WebDataset shard: a USTAR tar whose bytes depend on its samples alone.
 
 Members are written as they come (memory stays one sample), hashed on the way, and the tar gets its
-content-hash name when whole. Fixed times, owners and order make equal samples equal shards.
+content-hash name when whole. Fixed times, owners and order make equal samples equal shards. On its
+way to an object store a shard is a local file, so $TMPDIR must hold one for every worker.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.commit import commit_once, make_folder, publish, temp_path
+from pipeline.commit import Committing, commit_once, make_folder, publish, temp_path
+from pipeline.object_store import patiently
 from schemas.codec import Tensor, checksum, encode_sample
 from schemas.dataset import Dataset
+from schemas.errors import DatasetError
 from schemas.load import sealed_json
 from schemas.sample import FailureRecord, Family, SampleRecord, TensorRecord, UnitCommit, unit_name
 
@@ -48,19 +51,33 @@ class _HashingFile(io.RawIOBase):
         return self._sha256.hexdigest()
 
     def close(self) -> None:
-        self._file.close()
-        super().close()
+        try:
+            self._file.close()
+        finally:
+            super().close()
 
 
 class ShardWriter:
     """One unit's shard on its way; a context manager that leaves nothing behind unless committed."""
 
-    def __init__(self, dataset: Dataset, *, family: Family, unit: int, fingerprint: str) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        family: Family,
+        unit: int,
+        fingerprint: str,
+        committing: Committing = "link",
+    ) -> None:
+        """`committing` is what `open_store` found: where it is "coordinator", `commit` records nothing."""
         self._dataset, self._family, self._unit, self._fingerprint = dataset, family, unit, fingerprint
+        self._committing = committing
         self._temp = temp_path(dataset.shard_folder(family, unit))
         self._file = _HashingFile(self._temp)
         self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self._samples: list[SampleRecord] = []
+        self.was_first = True
+        """False once `commit` has found another writer's record."""
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -68,8 +85,10 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._temp.unlink(missing_ok=True)
+        try:
+            self._file.close()
+        finally:  # closing writes what is left, which fails on a full disk
+            self._temp.unlink(missing_ok=True)
 
     def add(self, key: str, tensors: Mapping[str, Tensor], *, meta: dict[str, Any]) -> None:
         """Append one sample: `<key>.<family>.safetensors` and `<key>.json`."""
@@ -89,7 +108,10 @@ class ShardWriter:
         self._samples.append(SampleRecord(key=key, tensors=records, meta=meta))
 
     def commit(self, *, quarantined: list[FailureRecord], seconds: dict[str, float]) -> UnitCommit:
-        """Close, name and commit the unit; the record that counts, ours or that of whoever was first."""
+        """Close, name and commit the unit; the record that counts, ours or that of whoever was first.
+
+        For a coordinator the record is only returned: it calls `commit_once` with `record_bytes` of it.
+        """
         shard, sha256 = None, None
         if self._samples:
             self._tar.close()
@@ -109,12 +131,19 @@ class ShardWriter:
             quarantined=tuple(quarantined),
             seconds={name: round(value, 4) for name, value in seconds.items()},
         )
+        if self._committing == "coordinator":
+            return record
         path = self._dataset.commit_path(self._family, self._unit)
         make_folder(path.parent)
-        if commit_once(path, sealed_json(record.model_dump(mode="json"))):
+        if commit_once(path, record_bytes(record)):
             return record
-        winner = self._dataset.commit(self._family, self._unit)
-        assert winner is not None, "a commit record is never deleted"
+        self.was_first = False
+        winner = patiently(path, lambda: self._dataset.commit(self._family, self._unit))
+        if winner is None:
+            raise DatasetError(
+                f"commit record {path} was there a moment ago and is gone; nothing but a person removes "
+                "one: run the same command again once nobody does"
+            )
         return winner
 
     def _add_member(self, name: str, data: bytes) -> int:
@@ -125,6 +154,11 @@ class ShardWriter:
         start = self._tar.offset + tarfile.BLOCKSIZE
         self._tar.addfile(info, io.BytesIO(data))
         return start
+
+
+def record_bytes(record: UnitCommit) -> bytes:
+    """What the commit record of a unit holds."""
+    return sealed_json(record.model_dump(mode="json"))
 
 
 def _json_bytes(value: dict[str, Any]) -> bytes:

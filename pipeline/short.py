@@ -15,12 +15,10 @@ from fractions import Fraction
 from itertools import pairwise
 
 from pipeline.choice import ONE, Choice, as_they_are, evenly
-from pipeline.timeline import Timeline
+from pipeline.timeline import MAX_GAP, Timeline
 from schemas.config import AT_A_RATE, FramesConfig
 from schemas.errors import ClipError, RunError
 
-MAX_GAP = 4
-"""No blending over a gap of more than this many median intervals: something is missing there."""
 CUT_LEVELS = 20.0
 CUT_RATIO = 4.0
 SURE_CUT_LEVELS = 60.0

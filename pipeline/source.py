@@ -11,9 +11,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from schemas.errors import ManifestError
+from schemas.errors import ClipError, ManifestError
+from schemas.store import is_url
+
+if TYPE_CHECKING:
+    from pipeline.fetch import Fetcher
 
 _SAMPLED_BLOCKS = 16
 _SAMPLED_BYTES = 64 << 10
@@ -26,6 +30,7 @@ class Source:
     digest: str
     size: int
     mtime_ns: int
+    """Of a remote file, which has none: a number made of what its store tells it apart by."""
 
 
 def identify(
@@ -33,23 +38,26 @@ def identify(
     *,
     mode: Literal["content", "sampled"],
     known: Mapping[tuple[str, int, int], str],
+    fetcher: Fetcher | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Source]:
     """The Source of every path; `known` maps (path, size, mtime_ns) to a digest taken before.
 
-    Files are hashed in parallel (hashing releases the interpreter's lock). ManifestError lists every
-    file that cannot be read.
+    Files are hashed in parallel (hashing releases the interpreter's lock), URLs read by `fetcher`.
+    ManifestError lists every file that cannot be read.
     """
 
     def one(path: str) -> Source | str:
         try:
+            if is_url(path) and fetcher is not None:
+                return fetcher.digest(path, mode, known=known)
             stat = os.stat(path)
             digest = known.get((path, stat.st_size, stat.st_mtime_ns))
             if digest is None or not digest.startswith(mode):
                 digest = f"{mode}:{content_digest(path) if mode == 'content' else sampled_digest(path)}"
             return Source(digest, stat.st_size, stat.st_mtime_ns)
-        except OSError as error:
-            return f"{path}: {error.strerror}"
+        except (OSError, ClipError) as error:
+            return f"{path}: {(isinstance(error, OSError) and error.strerror) or error}"
 
     unique = list(dict.fromkeys(paths))
     sources: dict[str, Source] = {}
@@ -67,14 +75,17 @@ def identify(
 
 
 def same_content(path: str, source: Source) -> bool:
-    """Whether `path` still is the file that `source` was taken of; reads it only where its stat differs."""
+    """Whether `path` still is the file that `source` was taken of; reads it only where its stat differs.
+
+    OSError where that cannot be told now, such as on a failing disk.
+    """
     try:
         stat = os.stat(path)
         if (stat.st_size, stat.st_mtime_ns) == (source.size, source.mtime_ns):
             return True
         mode, _, digest = source.digest.partition(":")
         return digest == (content_digest(path) if mode == "content" else sampled_digest(path))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 

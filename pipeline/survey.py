@@ -16,9 +16,10 @@ from contextlib import ExitStack
 from queue import SimpleQueue
 
 from pipeline.clip import Placed
+from pipeline.fetch import Fetcher
 from pipeline.sandbox import DecodeRequest, DecoderProcess, decode_settings
 from schemas.config import PreprocessConfig
-from schemas.errors import ClipError
+from schemas.errors import ClipError, RunError
 from schemas.manifest import ManifestRow
 
 _NEIGHBOURS = 16
@@ -37,12 +38,21 @@ def survey(
     workers = os.cpu_count() or 1
     idle: SimpleQueue[DecoderProcess] = SimpleQueue()
 
+    fetcher = Fetcher(config.sources, config.limits)
+
     def place(run: list[ManifestRow]) -> list[Placed | ClipError]:
+        try:
+            local = fetcher.local(run[0].path)
+        except ClipError as error:
+            return [error] * len(run)
+        except OSError as error:
+            raise RunError(f"{run[0].path} cannot be fetched now: {error}") from error
         child = idle.get()
         try:
-            return [_place(child, row, full=full) for row in run]
+            return [_place(child, local.path, row, full=full) for row in run]
         finally:
             idle.put(child)
+            local.close()
 
     with ExitStack() as stack:
         for _ in range(workers):
@@ -63,9 +73,9 @@ def survey(
             yield from zip(first, found.result(), strict=True)
 
 
-def _place(child: DecoderProcess, row: ManifestRow, *, full: bool) -> Placed | ClipError:
+def _place(child: DecoderProcess, path: str, row: ManifestRow, *, full: bool) -> Placed | ClipError:
     try:
-        return child.place(DecodeRequest(row.path, start_s=row.start_s, end_s=row.end_s), full=full)
+        return child.place(DecodeRequest(path, start_s=row.start_s, end_s=row.end_s), full=full)
     except ClipError as error:
         return error
 

@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 from schemas.errors import ClipError
 
+MAX_GAP = 4
+"""A gap of more than this many median intervals: something is missing there, and no blend crosses it."""
+
 
 class Grid(NamedTuple):
     """A constant rate."""

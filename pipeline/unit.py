@@ -2,7 +2,7 @@
 
 Frames live and die in this process: the decoder child fills a shared slot, the encoder reads it,
 and only latents go on. A clip that fails becomes a failure record; anything else stops the unit,
-which is then simply not done.
+which is then simply not done. What follows from that is `pipeline.foreman`'s to say.
 """
 
 from __future__ import annotations
@@ -11,27 +11,31 @@ import dataclasses
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from pipeline.commit import Committing
+from pipeline.fetch import Fetcher, Local
 from pipeline.generation import Unit
 from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess, decode_settings
-from pipeline.shard_writer import ShardWriter
+from pipeline.shard_writer import ShardWriter, record_bytes
 from pipeline.source import Source, same_content
 from pipeline.text_encode import TextEncoder, load_text_encoder
 from pipeline.video_encode import VideoEncoder, load_video_encoder, stored_latents
 from schemas.card import Card
-from schemas.codec import as_float32
+from schemas.codec import Tensor, as_float32
 from schemas.config import PreprocessConfig
 from schemas.dataset import Dataset
 from schemas.errors import ClipError, RunError
-from schemas.sample import FailureRecord
+from schemas.sample import FailureRecord, UnitCommit
+from schemas.store import is_url
 
 DECODE_AHEAD = 2
 """Clips in a decoder's shared slots: one being encoded, one being decoded."""
+FETCH_AHEAD = 4
+"""Remote files of a decoder that are fetched before their turn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,83 +52,127 @@ class UnitResult:
     nbytes: int
     seconds: dict[str, float]
     """Busy wall clock by stage (decode runs beside the others), and `total`."""
+    ours: bool = True
+    """False where the record that counts is another driver's, or was found when its answer was lost."""
+    protections: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What is in force around the decoder, as its child reports it."""
+    uncommitted: bytes | None = None
+    """The record of a unit whose shard is there, for the one coordinator of the dataset to commit."""
+
+    def facts(self) -> dict[str, Any]:
+        """What goes into the log of a run."""
+        left_out = ("protections", "uncommitted")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """What one row becomes."""
+
+    tensors: Mapping[str, Tensor]
+    meta: dict[str, Any]
+    video_s: float = 0.0
+    """Source seconds it covers."""
+
+
+_NONE: Mapping[str, FailureRecord] = {}
 
 
 class UnitWorker:
     """Runs units of either family; encoders and the decoder child are loaded once and kept."""
 
-    def __init__(self, config: PreprocessConfig, card: Card, *, decoders: int = 1) -> None:
-        """`decoders` is the number of decoder children, each of which keeps about one core busy."""
-        self._config, self._card, self._num_decoders = config, card, decoders
-        self._dataset = Dataset(Path(config.output))
+    def __init__(
+        self, config: PreprocessConfig, card: Card, committing: Committing = "link", *, decoders: int = 1
+    ) -> None:
+        """`committing` is what `open_store` found; `decoders` is the number of decoder children, each of
+        which keeps about one core busy."""
+        self._config, self._card, self._committing = config, card, committing
+        self._num_decoders = decoders
+        self._dataset = Dataset(config.output)
+        self._fetcher = Fetcher(config.sources, config.limits)
         self._decoders: list[DecoderProcess] = []
         self._video: VideoEncoder | None = None
         self._text: TextEncoder | None = None
 
-    def run(self, unit: Unit) -> UnitResult:
-        """Make and commit one unit; safe to call again, and beside another worker on the same unit."""
+    def run(self, unit: Unit, *, condemned: Mapping[str, FailureRecord] = _NONE) -> UnitResult:
+        """Make and commit one unit; safe to call again, and beside another worker on the same unit.
+
+        `condemned` rows are not looked at: each becomes the failure it is mapped to.
+        """
         started = time.perf_counter()
+        seconds: dict[str, float] = {}
+        failures = [condemned[row["key"]] for row in unit.rows if row["key"] in condemned]
+        video_s = 0.0
         with ShardWriter(
             self._dataset,
             family=unit.family,
             unit=unit.number,
             fingerprint=self._card.family_fingerprint(unit.family),
+            committing=self._committing,
         ) as shard:
-            seconds: dict[str, float] = {}
-            if unit.family == "prompts":
-                failures, video_s = self._prompts(unit, shard, seconds)
-            else:
-                try:
-                    failures, video_s = self._latents(unit, shard, seconds)
-                except BaseException:
-                    self.close()  # the child holds clips of this unit that nobody will ask for
-                    raise
+            for row, sample in self._samples(_without(unit, condemned), seconds):
+                if isinstance(sample, ClipError):
+                    failures.append(_failure(row, sample))
+                    continue
+                with _clock(seconds, "write"):
+                    shard.add(row["key"], sample.tensors, meta=sample.meta)
+                video_s += sample.video_s
             with _clock(seconds, "write"):
                 commit = shard.commit(quarantined=failures, seconds=seconds)
         seconds["total"] = time.perf_counter() - started
-        sources = {row["key"]: row.get("source", "") for row in unit.rows}
-        return UnitResult(
-            family=unit.family,
-            unit=unit.number,
-            kept=len(commit.samples),
-            failures=tuple((f.reason, sources.get(f.key, "")) for f in commit.quarantined),
+        return dataclasses.replace(
+            result_of(unit, commit),
             video_s=video_s,
             nbytes=commit.nbytes,
             seconds=seconds,
+            ours=shard.was_first,
+            protections=self._decoders[0].protections if self._decoders else {},
+            uncommitted=record_bytes(commit) if self._committing == "coordinator" else None,
         )
+
+    def try_row(self, unit: Unit, key: str) -> None:
+        """Decode and encode one row of a unit and keep nothing: does this worker live through it?"""
+        others = [row["key"] for row in unit.rows if row["key"] != key]
+        for _ in self._samples(_without(unit, others), {}):
+            pass
 
     def close(self) -> None:
         """End the decoder children."""
         while self._decoders:
             self._decoders.pop().close()
 
-    def _prompts(
-        self, unit: Unit, shard: ShardWriter, seconds: dict[str, float]
-    ) -> tuple[list[FailureRecord], float]:
+    def _samples(
+        self, unit: Unit, seconds: dict[str, float]
+    ) -> Iterator[tuple[dict[str, Any], _Sample | ClipError]]:
+        """Every row of a unit with what is to be stored of it, or why nothing is."""
+        try:
+            yield from (self._prompts if unit.family == "prompts" else self._latents)(unit, seconds)
+        except BaseException:
+            self.close()  # the child holds clips of this unit that nobody will ask for
+            raise
+
+    def _prompts(self, unit: Unit, seconds: dict[str, float]) -> Iterator[tuple[dict[str, Any], _Sample]]:
         if self._text is None:
             with _clock(seconds, "load"):
-                self._text = load_text_encoder(self._config.text_encoder)
-                self._text.load()
+                text = load_text_encoder(self._config.text_encoder)
+                text.load()
+                self._text = text
         with _clock(seconds, "encode"):
             encodings = self._text.encode([row["caption"] for row in unit.rows])
-        with _clock(seconds, "write"):
-            for row, encoding in zip(unit.rows, encodings, strict=True):
-                meta = {"num_tokens": encoding.num_tokens, "truncated": encoding.truncated}
-                shard.add(row["key"], encoding.tensors, meta=meta)
-        return [], 0.0
+        for row, encoding in zip(unit.rows, encodings, strict=True):
+            meta = {"num_tokens": encoding.num_tokens, "truncated": encoding.truncated}
+            yield row, _Sample(encoding.tensors, meta)
 
     def _latents(
-        self, unit: Unit, shard: ShardWriter, seconds: dict[str, float]
-    ) -> tuple[list[FailureRecord], float]:
+        self, unit: Unit, seconds: dict[str, float]
+    ) -> Iterator[tuple[dict[str, Any], _Sample | ClipError]]:
         config = self._config
         if self._video is None:
             with _clock(seconds, "load"):
                 self._video = load_video_encoder(config.video_encoder)
-        failures: list[FailureRecord] = []
-        video_s = 0.0
         for row, clip in self._clips(unit, seconds):
             if isinstance(clip, ClipError):
-                failures.append(_failure(row, clip))
+                yield row, clip
                 continue
             seconds["decode"] = seconds.get("decode", 0.0) + clip.decode_s
             with _clock(seconds, "encode"):
@@ -139,7 +187,7 @@ class UnitWorker:
                 finite = all(np.isfinite(as_float32(tensor)).all() for tensor in tensors.values())
             if not finite:
                 message = f"the encoder gave NaN or Inf as {config.video_encoder.dtype}"
-                failures.append(_failure(row, ClipError("non_finite", message, stage="encode")))
+                yield row, ClipError("non_finite", message, stage="encode")
                 continue
             bucket = config.buckets[clip.bucket]
             meta = {
@@ -148,10 +196,7 @@ class UnitWorker:
                 "width": bucket.width,
                 "clip": dataclasses.asdict(clip.record),
             }
-            with _clock(seconds, "write"):
-                shard.add(row["key"], tensors, meta=meta)
-            video_s += clip.record.duration_s * clip.record.coverage
-        return failures, video_s
+            yield row, _Sample(tensors, meta, clip.record.duration_s * clip.record.coverage)
 
     def _clips(
         self, unit: Unit, seconds: dict[str, float]
@@ -160,34 +205,68 @@ class UnitWorker:
         while len(self._decoders) < self._num_decoders:
             settings = decode_settings(self._config)
             self._decoders.append(DecoderProcess(**settings, slots=DECODE_AHEAD))
-        here = (row for row in unit.rows if row["live"] or _is_unchanged(row))
-        turns = iter(zip(here, itertools.cycle(self._decoders), strict=False))
-        waiting: deque[tuple[dict[str, Any], DecoderProcess]] = deque()
-        while True:
-            for row, decoder in itertools.islice(turns, DECODE_AHEAD * self._num_decoders - len(waiting)):
+        here = (row for row in unit.rows if row["live"] or _is_unchanged(row, self._fetcher))
+        fetched = self._fetcher.ahead(
+            ((row, row["path"], _listed(row)) for row in here), files=FETCH_AHEAD * self._num_decoders
+        )
+        turns = iter(zip(fetched, itertools.cycle(self._decoders), strict=False))
+        waiting: deque[tuple[dict[str, Any], Local, DecoderProcess]] = deque()
+        try:
+            while True:
+                room = DECODE_AHEAD * self._num_decoders - len(waiting)
+                for (row, local), decoder in itertools.islice(turns, room):
+                    waiting.append((row, local, decoder))
+                    _require_unchanged(row)
+                    window = {name: row[name] for name in ("start_s", "end_s", "clip")}
+                    decoder.submit(DecodeRequest(local.path, **window))
+                if not waiting:
+                    return
+                row, local, decoder = waiting.popleft()
+                with local, _clock(seconds, "decode_wait"):
+                    try:
+                        clip: Clip | ClipError = decoder.result()
+                    except ClipError as error:
+                        clip = error
                 _require_unchanged(row)
-                window = {name: row[name] for name in ("start_s", "end_s", "clip")}
-                decoder.submit(DecodeRequest(row["path"], **window))
-                waiting.append((row, decoder))
-            if not waiting:
-                return
-            row, decoder = waiting.popleft()
-            with _clock(seconds, "decode_wait"):
-                try:
-                    clip: Clip | ClipError = decoder.result()
-                except ClipError as error:
-                    clip = error
-            _require_unchanged(row)
-            yield row, clip
+                yield row, clip
+        finally:
+            fetched.close()
+            for _, local, _ in waiting:
+                local.close()
 
 
-def _is_unchanged(row: dict[str, Any]) -> bool:
-    return same_content(row["path"], Source(row["source_digest"], row["size"], row["mtime_ns"]))
+def result_of(unit: Unit, commit: UnitCommit) -> UnitResult:
+    """What a unit's record says of it, for who did not make it."""
+    sources = {row["key"]: row.get("source", "") for row in unit.rows}
+    return UnitResult(
+        family=unit.family,
+        unit=unit.number,
+        kept=len(commit.samples),
+        failures=tuple((f.reason, sources.get(f.key, "")) for f in commit.quarantined),
+        video_s=0.0,
+        nbytes=0,
+        seconds={},
+        ours=False,
+    )
+
+
+def _without(unit: Unit, keys: Container[str]) -> Unit:
+    return dataclasses.replace(unit, rows=tuple(row for row in unit.rows if row["key"] not in keys))
+
+
+def _listed(row: dict[str, Any]) -> Source:
+    return Source(row["source_digest"], row["size"], row["mtime_ns"])
+
+
+def _is_unchanged(row: dict[str, Any], fetcher: Fetcher) -> bool:
+    same = fetcher.is_unchanged if is_url(row["path"]) else same_content
+    return same(row["path"], _listed(row))
 
 
 def _require_unchanged(row: dict[str, Any]) -> None:
-    """RunError where a row's file is not the one that was hashed: its frames would get a wrong identity."""
-    if not _is_unchanged(row):
+    """RunError where a row's file is not the one that was hashed: its frames would get a wrong identity.
+    A download was held against its digest when it came."""
+    if not is_url(row["path"]) and not same_content(row["path"], _listed(row)):
         raise RunError(
             f"{row['path']} is gone or was replaced since it was listed; "
             "run the same command again: it looks at every file anew"

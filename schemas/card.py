@@ -25,10 +25,11 @@ from schemas.config import (
     TextEncoderConfig,
     VideoEncoderConfig,
 )
-from schemas.errors import DatasetError, StaleDatasetError
+from schemas.errors import DatasetError
 from schemas.load import digest_of, open_sealed_json, sealed_json
 from schemas.sample import FORMAT_VERSION, Family
 from schemas.scaling import Scaling
+from schemas.store import location
 
 DECODE_RULES = 2
 """Version of the rules that turn a file into frames (choice on timestamps, colour, rotation, resize);
@@ -136,15 +137,15 @@ def make_card(
     )
 
 
-def card_path(dataset: Path) -> Path:
-    return Path(dataset) / "card.json"
+def card_path(dataset: str | Path) -> Path:
+    return location(dataset) / "card.json"
 
 
 def card_bytes(card: Card) -> bytes:
     return sealed_json(card.model_dump(mode="json"))
 
 
-def read_card(dataset: Path) -> Card:
+def read_card(dataset: str | Path) -> Card:
     """The card of a dataset; DatasetError where there is none, it is damaged, or of another format."""
     path = card_path(dataset)
     try:
@@ -173,18 +174,3 @@ def hard_differences(have: Card, want: Card) -> dict[str, tuple[Any, Any]]:
             if old.get(field) != new.get(field):
                 differences[field] = (old.get(field), new.get(field))
     return differences
-
-
-def refuse_stale(dataset: Path, *, have: Card, want: Card) -> None:
-    """StaleDatasetError naming every hard field in which `want` differs from the dataset's card."""
-    differences = hard_differences(have, want)
-    if not differences:
-        return
-    width = max(map(len, differences))
-    lines = [f"  {name:{width}}  dataset {old!r}, config {new!r}" for name, (old, new) in differences.items()]
-    raise StaleDatasetError(
-        f"{dataset} was made with other settings, and two kinds of latents never mix in one dataset:\n"
-        + "\n".join(lines)
-        + "\nset these back, or give another --set output=FOLDER",
-        differences,
-    )

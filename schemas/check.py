@@ -1,222 +1,199 @@
-"""Verification: every claim of a dataset held against its bytes. Repairs nothing.
+"""Verification: every claim of a dataset held against its bytes. Repairs nothing, says what would.
 
-Card, generations, commit records, shards (sha256, members, tensors), index and quarantine; each
-finding names the file, the sample and what to do.
+Card, generations, commit records, shards (sha256, members, tensors), index and quarantine; each finding
+names the file, the sample and a command that mends it. Works on a folder and on an object store alike.
+Shards are read once, front to back, one per core. What is asked for is held as columns, the tables are
+compared block by block with what commit records give, so memory does not grow with their rows otherwise.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tarfile
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 
-from schemas.card import Card, read_card
-from schemas.codec import Tensor, as_float32, checksum, decode_sample
-from schemas.config import BucketConfig
-from schemas.dataset import Dataset, planned_units
+from schemas.adoption import adoption_path, read_adoptions
+from schemas.card import Card, card_bytes, card_path, read_card
+from schemas.dataset import Dataset
 from schemas.errors import DatasetError
-from schemas.index import build_tables, read_index, read_quarantine
-from schemas.sample import Family, SampleRecord, UnitCommit, unit_name
+from schemas.history import KEY, UNIT, History, column_numbers
+from schemas.load import sealed_json
+from schemas.sample import Family, UnitCommit, unit_name
+from schemas.shard_check import Problem, shard_problems
+from schemas.table_check import table_problems
+from schemas.verdict import Finding, Mending, Verdict
 
-_RERUN = "run `latentpress preprocess` with its config again"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong."""
-
-    file: str
-    """Relative to the dataset."""
-    sample: str | None
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        sample = f", sample {self.sample}" if self.sample else ""
-        return f"{self.file}{sample}: {self.problem}; {self.remedy}"
+_GENERATION = re.compile(r"(\d{6,})\.parquet")
+_WINDOW = 1024
+"""Units whose results may wait in memory."""
 
 
-@dataclass
-class Verdict:
-    """What `verify` found."""
-
-    units: int = 0
-    samples: int = 0
-    prompts: int = 0
-    quarantined: int = 0
-    nbytes: int = 0
-    unfinished: int = 0
-    """Units asked for and not committed yet."""
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def clean(self) -> bool:
-        return not self.findings and not self.unfinished
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"clean": self.clean, **asdict(self)}
-
-
-def check_dataset(root: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Verdict:
+def check_dataset(
+    root: str | Path, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Verdict:
     """Check everything; DatasetError only where there is no readable card or manifest generation."""
     dataset, verdict = Dataset(root), Verdict()
     card = read_card(dataset.root)
-    rows = dataset.live_rows()
-    families: tuple[Family, ...] = ("prompts", "latents")
-    todo = [(family, unit) for family in families for unit in sorted(planned_units(rows, family))]
-
-    seen: Counter[str] = Counter()
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = pool.map(lambda item: _check_unit(dataset, card, *item), todo)
-        for done, ((family, _), (commit, findings)) in enumerate(zip(todo, results, strict=True), 1):
-            verdict.findings += findings
-            progress(done, len(todo))
-            if commit is None:
-                verdict.unfinished += not findings
-                continue
-            verdict.units += 1
-            verdict.nbytes += commit.nbytes
-            if family == "latents":
-                verdict.samples += len(commit.samples)
-                verdict.quarantined += len(commit.quarantined)
-            else:
-                verdict.prompts += len(commit.samples)
-            seen.update(sample.key for sample in commit.samples)
-            seen.update(failure.key for failure in commit.quarantined)
-    verdict.findings += [
-        Finding("commits", key, f"is committed {count} times", "remove the dataset's newest commit of it")
-        for key, count in seen.items()
-        if count > 1
+    mend = Mending(dataset)
+    verdict.rerun = mend.rerun
+    if card_path(dataset.root).read_bytes() != card_bytes(card):
+        verdict.findings.append(Finding("card.json", None, "is not spelled as it was written", None))
+    try:
+        verdict.notes += _adopted(dataset)
+    except DatasetError as error:
+        verdict.findings.append(Finding("adopted-*.json", None, str(error), None))
+    history = dataset.history()
+    verdict.findings += _missing_generations(dataset, history)
+    done = dataset.finished()
+    asked = {family: _Asked(history, family) for family in KEY}
+    todo = [
+        (family, int(unit)) for family in KEY for unit in np.union1d(done[family], asked[family].wanted_units)
     ]
-    if not verdict.findings and not verdict.unfinished:
-        verdict.findings += _check_rows(rows, seen)
-        verdict.findings += _check_tables(dataset, card)
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for start in range(0, len(todo), _WINDOW):
+            window = todo[start : start + _WINDOW]
+            results = pool.map(lambda item: _check_unit(dataset, card, asked[item[0]], item[1], mend), window)
+            for number, unit in enumerate(results, start + 1):
+                verdict.findings += unit.findings
+                verdict.units += unit.committed
+                verdict.unfinished += not unit.committed and not unit.findings
+                verdict.nbytes += unit.nbytes
+                verdict.quarantined += unit.quarantined
+                if unit.family == "latents":
+                    verdict.samples += unit.samples
+                else:
+                    verdict.prompts += unit.samples
+                progress(number, len(todo))
+    if not verdict.clean:
+        verdict.notes.append("index and quarantine are compared with commit records once the rest is clean")
+    for path, sample, problem in table_problems(dataset, card, history, compare=verdict.clean):
+        verdict.findings.append(Finding(path.name, sample, problem, mend.rebuilt(path.name)))
     return verdict
 
 
-def _check_unit(
-    dataset: Dataset, card: Card, family: Family, unit: int
-) -> tuple[UnitCommit | None, list[Finding]]:
-    record = dataset.commit_path(family, unit).relative_to(dataset.root).as_posix()
-    remedy = f"delete {record} and {_RERUN}"
+def _adopted(dataset: Dataset) -> Iterator[str]:
+    for number, record in enumerate(read_adoptions(dataset.root)):
+        fields = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in record["fields"].items())
+        yield (
+            f"{adoption_path(dataset.root, number).name}: what was encoded since manifest generation "
+            f"{record['generation']} has other settings than the card: {fields}"
+        )
+
+
+def _missing_generations(dataset: Dataset, history: History) -> Iterator[Finding]:
+    """Generations are numbered without gaps, and read up to the first that is not there."""
+    folder = dataset.generation_path(0).parent
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    later = sum(_GENERATION.fullmatch(name) is not None for name in names) - history.generations
+    if later > 0:
+        name = dataset.generation_path(history.generations).relative_to(dataset.root).as_posix()
+        yield Finding(name, None, f"is missing, and {later} later ones are there", None)
+
+
+class _Asked:
+    """What every unit of a family was ever asked to hold, from the generations."""
+
+    def __init__(self, history: History, family: Family) -> None:
+        self.family = family
+        self._keys, self._sources = history.table[KEY[family]], history.table["source"]
+        added = np.flatnonzero(pc.equal(history.table["op"], "add").to_numpy())
+        units = column_numbers(history.table, UNIT[family])
+        self._all, self._all_units = _by_unit(added, units)
+        self._live, self._live_units = _by_unit(history.live, units)
+        self.wanted_units = np.unique(self._live_units)
+        """Those that hold at least one live row."""
+
+    def keys(self, unit: int) -> set[str]:
+        """Every key that was put into a unit."""
+        return set(self._keys.take(self._entries(self._all, self._all_units, unit)).to_pylist())
+
+    def wanted(self, unit: int) -> dict[str, str]:
+        """The keys of a unit that live rows ask for, and a source of each."""
+        entries = self._entries(self._live, self._live_units, unit)
+        return dict(
+            zip(self._keys.take(entries).to_pylist(), self._sources.take(entries).to_pylist(), strict=True)
+        )
+
+    @staticmethod
+    def _entries(entries: np.ndarray, units: np.ndarray, unit: int) -> np.ndarray:
+        start, end = np.searchsorted(units, [unit, unit + 1])
+        return entries[start:end]
+
+
+def _by_unit(entries: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(entries in the order of their units, these units)."""
+    order = entries[np.argsort(units[entries], kind="stable")]
+    return order, units[order]
+
+
+@dataclass
+class _UnitResult:
+    family: Family
+    committed: bool = False
+    samples: int = 0
+    quarantined: int = 0
+    nbytes: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+
+def _check_unit(dataset: Dataset, card: Card, asked: _Asked, unit: int, mend: Mending) -> _UnitResult:
+    family, result = asked.family, _UnitResult(asked.family)
+    path = dataset.commit_path(family, unit)
+    record = path.relative_to(dataset.root).as_posix()
+    # The index goes too: it may have copied what the record said.
+    command = mend.rebuilt(record, dataset.index_path.name)
+
+    def add(file: str, problems: list[Problem], command: str | None) -> None:
+        result.findings += [Finding(file, sample, problem, command) for sample, problem in problems]
+
     try:
         commit = dataset.commit(family, unit)
+        is_exact = commit is None or path.read_bytes() == sealed_json(commit.model_dump(mode="json"))
     except DatasetError as error:
-        return None, [Finding(record, None, str(error), remedy)]
+        add(record, [(None, str(error))], command)
+        return result
     if commit is None:
-        return None, []
-    findings = []
-    if commit.fingerprint != card.family_fingerprint(family):
-        findings.append(Finding(record, None, "was made with other settings than the card says", remedy))
-    if (commit.family, commit.unit) != (family, unit):
-        findings.append(
-            Finding(record, None, f"claims to be {unit_name(commit.family, commit.unit)}", remedy)
-        )
-    if commit.shard is None:
-        if commit.samples:
-            findings.append(Finding(record, None, "names samples but no shard", remedy))
-        return commit, findings
-    try:
-        problems = list(_shard_problems(dataset.root / commit.shard, commit, card))
-    except (OSError, tarfile.TarError) as error:
-        problems = [(None, f"cannot be read: {error}")]
-    return commit, [*findings, *(Finding(commit.shard, sample, text, remedy) for sample, text in problems)]
-
-
-def _shard_problems(path: Path, commit: UnitCommit, card: Card) -> Iterator[tuple[str | None, str]]:
-    """(sample, problem) of one shard, from its bytes as a whole down to its tensors."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if size != commit.nbytes or sha256 != commit.sha256:
-            yield None, f"does not hash to what its commit says ({size} bytes, expected {commit.nbytes})"
-        if commit.sha256 is not None and commit.sha256[:12] not in path.name:
-            yield None, "is not named by its content hash"
-        with tarfile.open(fileobj=_at_start(file), mode="r:") as tar:
-            members = {member.name: member for member in tar}
-            if not all(member.isreg() for member in members.values()):
-                yield None, "holds members that are not regular files"
-        suffix = "latents" if commit.family == "latents" else "prompt_embeds"
-        expected = {f"{s.key}.{kind}" for s in commit.samples for kind in (f"{suffix}.safetensors", "json")}
-        if members.keys() != expected:
-            yield None, f"holds other members than its commit names: {sorted(members.keys() ^ expected)[:3]}"
-        for sample in commit.samples:
-            member = members.get(f"{sample.key}.{suffix}.safetensors")
-            if member is not None:
-                data = os.pread(file.fileno(), member.size, member.offset_data)
-                for problem in _sample_problems(data, member.offset_data, sample, commit.family, card):
-                    yield sample.key, problem
-
-
-def _at_start(file: Any) -> Any:
-    file.seek(0)
-    return file
-
-
-def _sample_problems(
-    data: bytes, start: int, sample: SampleRecord, family: Family, card: Card
-) -> Iterator[str]:
-    try:
-        tensors = decode_sample(data)
-    except DatasetError as error:
-        yield str(error)
-        return
-    names = card.latent_tensors if family == "latents" else ("prompt_embeds", "prompt_mask")
-    if set(tensors) != set(names) or set(sample.tensors) != set(names):
-        yield f"holds the tensors {sorted(tensors)}, expected {sorted(names)}"
-        return
-    for name, tensor in tensors.items():
-        record = sample.tensors[name]
-        if (tensor.dtype, tensor.shape) != (record.dtype, record.shape):
-            yield f"{name} is {tensor}, its commit says {record.dtype} {list(record.shape)}"
-        offset = record.offset - start
-        if checksum(data[offset : offset + record.nbytes]) != record.checksum:
-            yield f"{name} does not match its checksum"
-        if tensor.dtype in ("F32", "F16", "BF16") and not np.isfinite(as_float32(tensor)).all():
-            yield f"{name} holds NaN or Inf"
-        if family == "latents":
-            yield from _shape_problems(name, tensor, sample, card)
-
-
-def _shape_problems(name: str, tensor: Tensor, sample: SampleRecord, card: Card) -> Iterator[str]:
-    meta = sample.meta
-    bucket = BucketConfig(num_frames=meta["num_frames"], height=meta["height"], width=meta["width"])
-    expected = card.geometry.latent_shape(bucket)
-    if tensor.shape != expected:
-        yield f"{name} has the shape {list(tensor.shape)}, its bucket gives {list(expected)}"
-
-
-def _check_rows(rows: list[dict[str, Any]], seen: Counter[str]) -> list[Finding]:
-    """Every row asked for is kept or quarantined, once."""
-    return [
-        Finding("commits", row["sample_id"], f"{row['source']} is neither kept nor quarantined", _RERUN)
-        for row in rows
-        if row["sample_id"] not in seen or row["caption_digest"] not in seen
+        return result
+    result.committed, result.nbytes = True, commit.nbytes
+    result.samples, result.quarantined = len(commit.samples), len(commit.quarantined)
+    if not is_exact:
+        add(record, [(None, "is not spelled as it was written")], command)
+    add(record, _record_problems(commit, card, family, unit), command)
+    add(record, _surplus(commit, asked.keys(unit)), command)
+    held = {*(s.key for s in commit.samples), *(f.key for f in commit.quarantined)}
+    lost = [
+        (k, f"{source} is neither kept nor quarantined")
+        for k, source in asked.wanted(unit).items()
+        if k not in held
     ]
+    add(record, list(lost), mend.rerun)
+    if commit.shard is not None:
+        add(commit.shard, shard_problems(dataset.root / commit.shard, commit, card), command)
+    return result
 
 
-def _check_tables(dataset: Dataset, card: Card) -> list[Finding]:
-    """The rebuildable tables say what the commit records say."""
-    findings = []
-    index, quarantine = build_tables(dataset, card)
-    for path, read, expected in (
-        (dataset.index_path, read_index, index),
-        (dataset.quarantine_path, read_quarantine, quarantine),
-    ):
-        try:
-            table: pa.Table = read(dataset.root)
-        except DatasetError as error:
-            findings.append(Finding(path.name, None, str(error), _RERUN))
-            continue
-        if not table.equals(expected):
-            findings.append(Finding(path.name, None, "differs from the commit records", _RERUN))
-    return findings
+def _record_problems(commit: UnitCommit, card: Card, family: Family, unit: int) -> list[Problem]:
+    problems: list[Problem] = []
+    if commit.fingerprint != card.family_fingerprint(family):
+        problems.append((None, "was made with other settings than the card says"))
+    if (commit.family, commit.unit) != (family, unit):
+        problems.append((None, f"claims to be {unit_name(commit.family, commit.unit)}"))
+    if commit.samples and commit.shard is None:
+        problems.append((None, "names samples but no shard"))
+    return problems
+
+
+def _surplus(commit: UnitCommit, asked: set[str]) -> list[Problem]:
+    """Keys that a unit holds twice, or that nobody put into it."""
+    counts = Counter([*(s.key for s in commit.samples), *(f.key for f in commit.quarantined)])
+    return [
+        *((key, f"is in it {count} times") for key, count in counts.items() if count > 1),
+        *((key, "was never asked of this unit by any manifest generation") for key in counts.keys() - asked),
+    ]

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from schemas.store import is_url
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -199,15 +201,17 @@ class LimitsConfig(Settings):
     """What one clip may cost; past a limit it is quarantined, its neighbours go on."""
 
     max_bytes: Positive = 16 * 2**30
-    """Size of the file in bytes."""
+    """Size of the file in bytes; a download is ended there."""
     max_pixels: Positive = 8192 * 8192
     """Area of one coded picture in pixels."""
     max_seconds: PositiveFloat = 4 * 3600.0
-    """Duration in seconds."""
+    """Duration in seconds, as the header declares it and as the packets show it."""
     max_frames: Positive = 1_000_000
-    """Video packets in the file."""
+    """Video packets in the file, as the header declares them and as they are counted."""
+    max_fps: PositiveFloat = 1000.0
+    """Pictures per second on average; more is a broken clock, unless it is a high-speed camera's."""
     clip_timeout_s: PositiveFloat = 300.0
-    """Wall clock for decoding one clip, in seconds."""
+    """Wall clock for opening and decoding one clip, and for fetching one file, in seconds."""
     memory_bytes: Positive = 6 * 2**30
     """Address space of the decoder process, in bytes."""
     max_damage: Rate = 0.1
@@ -215,12 +219,33 @@ class LimitsConfig(Settings):
     decodable neighbour and recorded. Above it the clip is quarantined as `damaged`."""
 
 
+class SourcesConfig(Settings):
+    """Which videos a manifest may name. Any path of this machine, and no URL, unless these say otherwise."""
+
+    root: str = ""
+    """Folder that every file must lie in, links followed; for manifests from strangers. Empty: a path in a
+    manifest is taken at its word."""
+    schemes: Annotated[tuple[Literal["http", "https", "s3"], ...], Field(strict=False)] = ()
+    """Kinds of URL that may be fetched."""
+    hosts: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Host names (for `s3`: buckets) that may be asked, with `:port` where it is not the usual one;
+    `*.example.com` stands for every name below example.com. Addresses that are private, local or reserved
+    are refused whatever their name."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> SourcesConfig:
+        if bool(self.schemes) != bool(self.hosts):
+            raise ValueError("URLs are fetched where both schemes and hosts are given; found only one")
+        return self
+
+
 class QuarantineConfig(Settings):
     """How many failed clips a run may end with."""
 
     max_rate: Rate = 0.05
     """Share of clips, without those dropped as `too_short` or `hdr`, which settings ask for; above it the
-    command ends with exit code 3."""
+    command ends with exit code 3. Where it is above a half, so is the share of the first 200 clips that
+    stops a run."""
 
 
 class PreprocessConfig(Settings):
@@ -229,7 +254,7 @@ class PreprocessConfig(Settings):
     manifest: Text
     """Manifest file (.jsonl, .csv, .parquet) or a folder of videos with sidecar captions."""
     output: Text
-    """Folder of the latent dataset."""
+    """Folder of the latent dataset, or s3://BUCKET/PREFIX (extra `s3`)."""
     seed: int = 0
     """Seeds what is drawn at random (`store = "sample"`)."""
     identity: Literal["content", "sampled"] = "content"
@@ -246,6 +271,7 @@ class PreprocessConfig(Settings):
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     executor: ExecutorConfig = ExecutorConfig()
     units: UnitsConfig = UnitsConfig()
+    sources: SourcesConfig = SourcesConfig()
     limits: LimitsConfig = LimitsConfig()
     quarantine: QuarantineConfig = QuarantineConfig()
 
@@ -403,7 +429,7 @@ class TrainConfig(Settings):
     """The config of `latentpress train`."""
 
     dataset: Text
-    """Latent dataset written by `latentpress preprocess`."""
+    """Latent dataset written by `latentpress preprocess`, on a disk."""
     output: Text
     """Folder of the run: checkpoints, metrics, loss curve."""
     seed: int = 0
@@ -416,6 +442,13 @@ class TrainConfig(Settings):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, strict=False)]
+
+    @field_validator("dataset")
+    @classmethod
+    def _on_a_disk(cls, dataset: str) -> str:
+        if is_url(dataset):
+            raise ValueError("training reads from a disk; copy the dataset to one and name that folder")
+        return dataset
 
     @model_validator(mode="after")
     def _stage_names(self) -> TrainConfig:

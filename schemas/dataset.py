@@ -6,52 +6,29 @@ Readers follow commit records, never listings of shards. Nothing here writes; `p
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from schemas.errors import DatasetError
+from schemas.history import GENERATION_SCHEMA, History
 from schemas.load import open_sealed_json
 from schemas.sample import Family, UnitCommit, unit_folder, unit_name
+from schemas.store import is_remote, location
+from schemas.tables import read_sealed
 
-GENERATION_SCHEMA = pa.schema(
-    [
-        ("op", pa.string()),  # add | remove
-        ("sample_id", pa.string()),
-        ("source", pa.string()),  # as the manifest gave it
-        ("path", pa.string()),  # where it was found
-        ("source_digest", pa.string()),
-        ("size", pa.int64()),  # with mtime_ns: says when to read the file again, never what it is
-        ("mtime_ns", pa.int64()),
-        ("start_s", pa.float64()),
-        ("end_s", pa.float64()),
-        ("clip", pa.int64()),  # which of the clips of the row, from 0
-        ("clips", pa.int64()),  # how many it makes; 0 where the file could not be looked at
-        ("caption", pa.string()),
-        ("caption_digest", pa.string()),
-        ("unit", pa.int64()),
-        ("prompt_unit", pa.int64()),
-        ("extra", pa.string()),  # other columns of the manifest row, as JSON
-    ]
-)
-"""Columns of a manifest generation: the rows asked for, append-only."""
-
-GenerationRow = dict[str, Any]
-
-
-def generation_key(row: GenerationRow) -> tuple[Any, ...]:
-    """What makes two rows of the generations the same row asked for."""
-    return (row["path"], row["start_s"], row["end_s"], row["caption"], row["clip"])
+_RECORD = re.compile(r"([ut])(\d{8,})\.json")
 
 
 class Dataset:
     """Paths and committed state of one dataset folder."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self.root = location(root)
         self.index_path = self.root / "index.parquet"
         self.quarantine_path = self.root / "quarantine.parquet"
         self.summary_path = self.root / "summary.json"
@@ -66,34 +43,33 @@ class Dataset:
     def commit_path(self, family: Family, unit: int) -> Path:
         return self.root / "commits" / unit_folder(unit) / f"{unit_name(family, unit)}.json"
 
-    def generations(self) -> list[pa.Table]:
-        """Every manifest generation in order."""
-        tables: list[pa.Table] = []
-        while (path := self.generation_path(len(tables))).exists():
-            try:
-                table = pq.read_table(path, page_checksum_verification=True)
-            except (pa.ArrowException, OSError) as error:
-                raise DatasetError(f"{path} cannot be read: {error}") from error
+    def history(self, since: History | None = None) -> History:
+        """Every manifest generation; only those after `since`, where that was read before, are read."""
+        first = since.generations if since else 0
+        tables = [since.table if since else GENERATION_SCHEMA.empty_table()]
+        while (path := self.generation_path(first + len(tables) - 1)).exists():
+            table = read_sealed(path, remedy="put back a copy of it: it alone says what was asked for")
             if table.schema.names != GENERATION_SCHEMA.names:
                 raise DatasetError(
                     f"{path}: expected the columns {GENERATION_SCHEMA.names}, found {table.schema.names}"
                 )
             tables.append(table)
-        return tables
+        if since and len(tables) == 1:
+            return since
+        return History(pa.concat_tables(tables), generations=first + len(tables) - 1)
 
-    def live_rows(self, generations: Sequence[pa.Table] | None = None) -> list[GenerationRow]:
-        """Rows added and not removed since, in the order they were first asked for.
-
-        `generations` are all of them where the caller has read them already.
-        """
-        live: dict[tuple[Any, ...], GenerationRow] = {}
-        for table in self.generations() if generations is None else generations:
-            for row in table.to_pylist():
-                if row["op"] == "add":
-                    live[generation_key(row)] = row
-                else:
-                    live.pop(generation_key(row), None)
-        return list(live.values())
+    def finished(self) -> dict[Family, np.ndarray]:
+        """The units that have a commit record, from one listing of the folders of these; ascending."""
+        units: dict[str, list[int]] = {"u": [], "t": []}
+        commits = self.root / "commits"
+        for folder in commits.iterdir() if commits.exists() else ():
+            for name in _names(folder):
+                if match := _RECORD.fullmatch(name):
+                    units[match[1]].append(int(match[2]))
+        return {
+            "latents": np.array(sorted(units["u"]), np.int64),
+            "prompts": np.array(sorted(units["t"]), np.int64),
+        }
 
     def commit(self, family: Family, unit: int) -> UnitCommit | None:
         """The commit record of a unit; None where it is not done."""
@@ -102,18 +78,20 @@ class Dataset:
             return UnitCommit.model_validate_json(json.dumps(open_sealed_json(path.read_bytes())))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except OSError as error:  # which says nothing about the record: it is not to be deleted
+            raise DatasetError(f"commit record {path} cannot be read: {error}") from error
+        except ValueError as error:
             raise DatasetError(
                 f"commit record {path} is damaged: {error}; delete it and run preprocess again"
             ) from error
 
-    def commits(self, family: Family, units: set[int]) -> Iterator[UnitCommit]:
-        """The commit records there are for `units`, by number."""
-        for unit in sorted(units):
+    def commits(self, family: Family, units: Iterable[int]) -> Iterator[UnitCommit]:
+        """The commit records there are for `units`, in their order."""
+        for unit in units:
             if commit := self.commit(family, unit):
                 yield commit
 
 
-def planned_units(rows: list[GenerationRow], family: Family) -> set[int]:
-    """Units that hold at least one of `rows`."""
-    return {row["unit" if family == "latents" else "prompt_unit"] for row in rows}
+def _names(folder: Path) -> Iterable[str]:
+    """Names of the files in `folder`; without an object per file where that takes long."""
+    return (path.name for path in folder.iterdir()) if is_remote(folder) else os.listdir(folder)

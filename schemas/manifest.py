@@ -1,7 +1,8 @@
 """Manifest files -> rows. JSONL, CSV and Parquet, streamed; a bad row is reported, never skipped in silence.
 
-Relative paths resolve against the manifest's folder. Columns that are not ours are carried through.
-Whether a video can be read is not asked here: only that the row is well-formed and its file exists.
+A manifest may be hostile: memory is bounded whatever it holds. Relative paths resolve against its folder.
+Columns that are not ours are carried through. Whether a video can be read is not asked here: only that the
+row is well-formed, and that its file exists and may be read.
 """
 
 from __future__ import annotations
@@ -10,24 +11,41 @@ import csv
 import json
 import math
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from schemas.config import SourcesConfig
 from schemas.errors import ManifestError
 from schemas.ledger import Ledger
+from schemas.sources import path_problem, url_problem
+from schemas.store import is_url
 
 VIDEO_KEYS = ("video", "video_path", "path", "media_path", "file_name")
 CAPTION_KEYS = ("caption", "text", "cap")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 MAX_CAPTION_CHARS = 65_536
 _MAX_LINE_CHARS = 1 << 20
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"(\xb5/\xfd": "zstd",
+}
+"""First bytes of compressed files, which are not unpacked: a few may hold more than the disk does."""
+_PARQUET_ROWS = 64
+"""Read at once: one long cell may stand for that many."""
+_TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
+_ANYWHERE = SourcesConfig()
 
 
 @dataclass(frozen=True)
@@ -39,7 +57,7 @@ class ManifestRow:
     source: str
     """The video as the manifest gave it."""
     path: str
-    """Where that is, absolute."""
+    """Where that is, absolute; of a URL, the URL."""
     caption: str
     start_s: float | None = None
     end_s: float | None = None
@@ -80,6 +98,11 @@ def read_manifest(path: Path) -> Iterator[ManifestRow | RowProblem]:
     readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
     if path.suffix.lower() not in readers:
         raise ManifestError(f"manifest {path}: expected a file ending in {', '.join(SUFFIXES)}")
+    with path.open("rb") as file:
+        head = file.read(6)
+    for magic, kind in _PACKED.items():
+        if head.startswith(magic):
+            raise ManifestError(f"manifest {path} is a {kind} file; unpack it and give what it holds")
     folder = path.resolve().parent
     for number, cells in readers[path.suffix.lower()](path):
         yield cells if isinstance(cells, RowProblem) else parse_row(number, cells, folder=folder)
@@ -97,8 +120,6 @@ def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRo
         return problem("no_video", f"has no video; expected one of the columns {', '.join(VIDEO_KEYS)}")
     if "\0" in source or not _is_text(source):
         return problem("bad_path", "the video path holds a NUL character or is not Unicode text")
-    if "://" in source:
-        return problem("remote", "remote sources are not read; copy the file and give its path")
     caption_key = _first(cells, CAPTION_KEYS)
     caption = cells.get(caption_key)
     if not isinstance(caption, str) or not caption.strip():
@@ -120,7 +141,7 @@ def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRo
     return ManifestRow(
         number=number,
         source=source,
-        path=os.path.normpath(folder / source),
+        path=source if is_url(source) else os.path.normpath(folder / source),
         caption=caption,
         start_s=start_s or None,  # the start of the file, whether it is said or not
         end_s=end_s,
@@ -133,17 +154,28 @@ def _first(cells: dict[str, Any], aliases: Sequence[str]) -> str:
     return next((key for key in aliases if cells.get(key) not in (None, "")), aliases[0])
 
 
+def hidden_direction(caption: str) -> str | None:
+    """The first character that shows the text after it in another order (`U+202E`); None if there is none.
+
+    A person reads such a caption otherwise than an encoder does. Right-to-left scripts need no such
+    character.
+    """
+    found = _TURNING.search(caption)
+    return f"U+{ord(found[0]):04X}" if found else None
+
+
 def checked_rows(
-    items: Iterable[ManifestRow | RowProblem], *, ledger: Ledger
+    items: Iterable[ManifestRow | RowProblem], *, ledger: Ledger, sources: SourcesConfig = _ANYWHERE
 ) -> Iterator[ManifestRow | RowProblem]:
-    """The same items in order, a missing file and a repeated row turned into problems.
+    """The same items in order; a missing file, one that `sources` does not allow, and a repeated row are
+    turned into problems.
 
     What was seen is kept in `ledger`, on disk, so that memory does not grow with the rows.
     """
     for item in items:
         if isinstance(item, RowProblem):
             yield item
-        elif (problem := _file_problem(item)) is not None:
+        elif (problem := _source_problem(item, sources)) is not None:
             yield problem
         elif (first := ledger.first_row("asked", item.key, item.number)) is not None:
             message = f"repeats row {first} (same video, window and caption); remove one"
@@ -153,13 +185,13 @@ def checked_rows(
 
 
 def split_rows(
-    items: Iterable[ManifestRow | RowProblem],
+    items: Iterable[ManifestRow | RowProblem], *, sources: SourcesConfig = _ANYWHERE
 ) -> tuple[list[ManifestRow], list[RowProblem]]:
-    """Usable rows and problems; a missing file and a repeated row are problems too."""
+    """Usable rows and problems, as `checked_rows` finds them."""
     rows: list[ManifestRow] = []
     problems: list[RowProblem] = []
     with Ledger() as ledger:
-        for item in checked_rows(items, ledger=ledger):
+        for item in checked_rows(items, ledger=ledger, sources=sources):
             if isinstance(item, ManifestRow):
                 rows.append(item)
             else:
@@ -181,7 +213,8 @@ def write_manifest(path: Path, rows: Iterable[ManifestRow]) -> None:
     try:
         with temporary.open("w", encoding="utf-8") as file:
             for row in rows:
-                video = row.source if os.path.isabs(row.source) else os.path.relpath(row.path, folder)
+                as_given = os.path.isabs(row.source) or is_url(row.source)
+                video = row.source if as_given else os.path.relpath(row.path, folder)
                 window = {"start_s": row.start_s, "end_s": row.end_s}
                 given = {name: value for name, value in window.items() if value is not None}
                 cells = {"video": video, "caption": row.caption, **given, **row.extra}
@@ -191,7 +224,10 @@ def write_manifest(path: Path, rows: Iterable[ManifestRow]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _file_problem(row: ManifestRow) -> RowProblem | None:
+def _source_problem(row: ManifestRow, sources: SourcesConfig) -> RowProblem | None:
+    if is_url(row.path):
+        refused = url_problem(row.path, sources)
+        return RowProblem(row.number, row.source, "remote", refused) if refused else None
     try:
         mode = os.stat(row.path).st_mode
     except OSError as error:
@@ -199,6 +235,8 @@ def _file_problem(row: ManifestRow) -> RowProblem | None:
         return RowProblem(row.number, row.source, "missing_file", message)
     if not stat.S_ISREG(mode):
         return RowProblem(row.number, row.source, "not_a_file", "the video is not a regular file")
+    if refused := path_problem(row.path, sources):
+        return RowProblem(row.number, row.source, "outside_root", refused)
     return None
 
 
@@ -258,7 +296,7 @@ def _json_cells(number: int, line: str) -> dict[str, Any] | RowProblem:
 def _csv(path: Path) -> Iterator[Cells]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         csv.field_size_limit(_MAX_LINE_CHARS)
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(_bounded_lines(path, file), strict=True)
         try:
             for cells in reader:
                 if None in cells:
@@ -270,13 +308,48 @@ def _csv(path: Path) -> Iterator[Cells]:
             raise ManifestError(f"{path}: line {reader.line_num + 1} is not CSV: {error}") from error
 
 
+def _bounded_lines(path: Path, file: TextIO) -> Iterator[str]:
+    for number in range(1, sys.maxsize):
+        line = file.readline(_MAX_LINE_CHARS + 1)
+        if not line:
+            return
+        if len(line) > _MAX_LINE_CHARS:
+            raise ManifestError(f"{path}: line {number} is over {_MAX_LINE_CHARS} characters")
+        yield line
+
+
 def _parquet(path: Path) -> Iterator[Cells]:
+    """Texts are read as dictionaries: a long one that stands in a million rows is then held once."""
     try:
-        with pq.ParquetFile(path) as file:
+        texts = [name for name, kind in _schema(path).items() if pa.types.is_string(kind)]
+        with pq.ParquetFile(path, read_dictionary=texts) as file:
+            _refuse_long_rows(path, file.metadata)
             number = 0
-            for batch in file.iter_batches(4096):
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                for column in batch.columns:
+                    if pa.types.is_dictionary(column.type):
+                        longest = pc.max(pc.binary_length(column.dictionary)).as_py() or 0
+                        if longest > _MAX_LINE_CHARS:
+                            raise ManifestError(
+                                f"{path}: a text of {longest} bytes; at most {_MAX_LINE_CHARS}"
+                            )
                 for cells in batch.to_pylist():
                     number += 1
                     yield number, cells
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{path} is not a Parquet file: {error}") from error
+
+
+def _schema(path: Path) -> dict[str, pa.DataType]:
+    schema = pq.read_schema(path)
+    return dict(zip(schema.names, schema.types, strict=True))
+
+
+def _refuse_long_rows(path: Path, metadata: pq.FileMetaData) -> None:
+    """ManifestError where rows unpack to more than a line of JSON may have, before they are unpacked."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        if group.total_byte_size > max(group.num_rows, _PARQUET_ROWS) * _MAX_LINE_CHARS:
+            raise ManifestError(
+                f"{path}: {group.num_rows} rows unpack to {group.total_byte_size} bytes; "
+                f"at most {_MAX_LINE_CHARS} bytes a row are taken"
+            )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from schemas.config import Settings
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of everything in a dataset folder; raised when a reader of the old one would be wrong."""
 
 Family = Literal["latents", "prompts"]

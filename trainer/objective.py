@@ -61,14 +61,20 @@ _FIXED = {
 """What every CogVideoX scheduler config says."""
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder; ConfigError where there is none."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.init: {path} cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"model.init: {path} holds no JSON object")
+    return tree
+
+
 def read_schedule(path: Path) -> Schedule:
     """The schedule of a diffusers `scheduler_config.json`; ConfigError where the objective differs."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no JSON object")
+    config = read_json(path)
     wrong = [
         f"{name} = {config.get(name)!r}, expected {_FIXED[name]!r}"
         for name in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr")

@@ -8,7 +8,6 @@ is drawn even where a rank keeps a slice of it: slower for large models, equal f
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from schemas.bucket import PATCH
 from schemas.config import ModelConfig
 from schemas.errors import ConfigError
 from trainer.catalog import Catalog
-from trainer.objective import Schedule, read_schedule
+from trainer.objective import Schedule, read_json, read_schedule
 from trainer.order import keyed_generator
 from trainer.parallel import ReadSlice, Slices
 
@@ -73,7 +72,7 @@ def architecture(model: ModelConfig, data: DataShape) -> Architecture:
     if model.init == "random":
         return Architecture(_complete(_random_config(model, data)), Schedule())
     folder = _transformer_folder(model.init)
-    config = _complete(_read_json(folder / "config.json"))
+    config = _complete(read_json(folder / "config.json"))
     _check_fits(config, data, folder)
     for scheduler in (folder / "scheduler", folder.parent / "scheduler"):
         if (path := scheduler / "scheduler_config.json").is_file():
@@ -230,17 +229,7 @@ def _folder_values(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> ReadS
 
 def _indexed(index: Path) -> list[str]:
     """Names of the weight files of an index."""
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ConfigError(f"model.init: {index} has no weight_map of file names")
     return sorted(set(names.values()))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.init: {path} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"model.init: {path} holds no JSON object")
-    return tree

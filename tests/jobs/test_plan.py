@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from jobs.plan import plan
-from schemas.errors import ConfigError
+from pipeline.graph import preprocess
+from schemas.config import PreprocessConfig
+from schemas.errors import ConfigError, StaleDatasetError
+from schemas.load import load_config
 from tests.videos import make_video
 
 CONFIG = """
@@ -91,3 +94,72 @@ def test_frame_rules_are_checked_before_the_manifest_is_read(folder: Path) -> No
             overrides=("manifest=gone.jsonl", "target.frame_multiple=16"),
             as_json=True,
         )
+
+
+def test_a_changed_dataset_is_told_by_cause_in_the_words_of_preprocess(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("kept", "edited", "replaced", "gone")
+    for i, name in enumerate((*names, "added")):
+        make_video(tmp_path / f"{name}.mp4", num_frames=12 + i)
+    config = tmp_path / "config.toml"
+    config.write_text(CONFIG.format(folder=tmp_path))
+    settings = load_config(config, PreprocessConfig, overrides=["executor.kind=local", "units.rows=2"])
+
+    def ask(*rows: tuple[str, str]) -> None:
+        lines = [json.dumps({"video": f"{name}.mp4", "caption": caption}) + "\n" for name, caption in rows]
+        (tmp_path / "manifest.jsonl").write_text("".join(lines))
+
+    ask(*((name, name) for name in names))
+    preprocess(settings)
+    assert "4 rows: 4 new\n" in capsys.readouterr().err
+
+    ask(("kept", "kept"), ("edited", "better"), ("replaced", "replaced"), ("added", "added"))
+    make_video(tmp_path / "replaced.mp4", num_frames=20)
+    assert plan(config, overrides=(), as_json=True) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["already_done"] == 1
+    assert report["stale"] == [
+        {"row": 2, "source": "edited.mp4", "cause": "caption changed", "runs": "prompts only"},
+        {"row": 3, "source": "replaced.mp4", "cause": "file replaced", "runs": "latents"},
+    ]
+    counted = {name: count for name, count in report["changes"].items() if count}
+    expected = {"new": 1, "captions_changed": 1, "files_replaced": 1, "removed": 1}
+    assert counted == {"rows": 4, "clips": 4, **expected, "clips_to_encode": 2, "captions_to_encode": 2}
+    plan(config, overrides=(), as_json=False)
+    sentence, *causes = capsys.readouterr().out.splitlines()[:3]
+    assert sentence == (
+        "4 rows: 1 new, 1 caption changed: prompts only, 1 file replaced: latents, "
+        "1 removed: hidden, nothing rewritten"
+    )
+    assert causes[0] == "  row 2  edited.mp4: caption changed: prompts only"
+    preprocess(settings)
+    assert sentence in capsys.readouterr().err
+
+    assert plan(config, overrides=["resize.mode=pad"], as_json=True) == 2
+    assert json.loads(capsys.readouterr().out)["other_settings"] == {
+        "latents": {"differences": {"resize.mode": ["cover_crop", "pad"]}, "clips": 4},
+        "prompts": {"differences": {}, "captions": 4},
+    }
+    assert plan(config, overrides=["resize.mode=pad"], as_json=False) == 2
+    said = capsys.readouterr().out
+    assert (
+        "latents: all 4 clips would be encoded anew\n  resize.mode  dataset 'cover_crop', config 'pad'"
+        in said
+    )
+    assert "prompts: the 4 captions stay as they are" in said
+    assert plan(config, overrides=["resize.mode=pad"], as_json=True, adopt=True) == 0
+    assert json.loads(capsys.readouterr().out)["already_done"] == 4
+    padded = load_config(
+        config, PreprocessConfig, overrides=["executor.kind=local", "units.rows=2", "resize.mode=pad"]
+    )
+    with pytest.raises(StaleDatasetError, match="--adopt"):
+        preprocess(padded)
+    summary, ran = preprocess(padded, adopt=True)
+    assert not ran
+    assert summary["adopted"] == [{"resize.mode": ["cover_crop", "pad"]}]
+    preprocess(padded)
+    note = (
+        "note: settings adopted in place of the dataset's:\n  resize.mode  dataset 'cover_crop', config 'pad'"
+    )
+    assert capsys.readouterr().err.count(note) == 2

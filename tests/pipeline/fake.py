@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.commit import commit_once, make_folder, replace
+from pipeline.commit import commit_once, make_folder
 from pipeline.generation import Unit, add_generation, pending_units
+from pipeline.outlook import Outlook, outlook
+from pipeline.reindex import update_tables
 from pipeline.shard_writer import ShardWriter
-from pipeline.source import identify
+from pipeline.source import Source, identify, same_content
 from schemas.bucket import Geometry
 from schemas.card import Card, card_bytes, card_path, make_card
 from schemas.codec import Tensor, from_float32
 from schemas.config import BucketConfig, PreprocessConfig
 from schemas.dataset import Dataset
-from schemas.index import build_tables, parquet_bytes
 from schemas.manifest import ManifestRow
 from schemas.sample import FailureRecord, UnitCommit
 from schemas.scaling import Scaling
 
 BUCKET = BucketConfig(num_frames=9, height=32, width=48)
+BROKEN = b"video 7"
+"""Content of a file that cannot be decoded; `make_rows` makes one such."""
+_BROKEN_DIGEST = f"content:{hashlib.sha256(BROKEN).hexdigest()}"
 
 
 def make_dataset(root: Path) -> tuple[Dataset, Card]:
@@ -38,9 +43,14 @@ def make_dataset(root: Path) -> tuple[Dataset, Card]:
     return Dataset(root), card
 
 
-def ask(dataset: Dataset, card: Card, rows: list[ManifestRow], *, unit_rows: int = 2) -> dict[str, int]:
+def ask(dataset: Dataset, card: Card, rows: list[ManifestRow], *, unit_rows: int = 2) -> Outlook:
+    """Plan as `preprocess` does; what it means."""
     sources = identify([row.path for row in rows], mode="content", known={})
-    return add_generation(dataset, card, rows=rows, sources=sources, unit_rows=unit_rows)
+    before = dataset.history()
+    after, changes = add_generation(
+        dataset, card, rows=rows, sources=sources, unit_rows=unit_rows, history=before
+    )
+    return outlook(dataset, changes, rows=len(rows), before=before, after=after)
 
 
 def make_rows(folder: Path, count: int, *, start: int = 0) -> list[ManifestRow]:
@@ -54,7 +64,7 @@ def make_rows(folder: Path, count: int, *, start: int = 0) -> list[ManifestRow]:
 
 
 def write_unit(dataset: Dataset, card: Card, unit: Unit) -> UnitCommit:
-    """Latents drawn from the key, so that equal units have equal bytes; `7.mp4` always fails."""
+    """Latents drawn from the key, so that equal units have equal bytes; content that is `BROKEN` fails."""
     fingerprint = card.family_fingerprint(unit.family)
     failures = []
     with ShardWriter(dataset, family=unit.family, unit=unit.number, fingerprint=fingerprint) as shard:
@@ -65,7 +75,13 @@ def write_unit(dataset: Dataset, card: Card, unit: Unit) -> UnitCommit:
                 mask = Tensor("U8", np.ones(5, np.uint8))
                 shard.add(row["key"], {"prompt_embeds": embeds, "prompt_mask": mask}, meta={"num_tokens": 5})
                 continue
-            if row["source"] == "7.mp4":
+            if "path" in row:
+                found = Source(row["source_digest"], row["size"], row["mtime_ns"])
+                unchanged = same_content(row["path"], found)
+                assert unchanged or not row["live"], "planned for a file that is not there"
+                if not unchanged:
+                    continue  # as the real worker leaves it out
+            if row.get("source_digest") == _BROKEN_DIGEST:
                 failures.append(
                     FailureRecord(key=row["key"], stage="decode", reason="bad", message="no", attempts=1)
                 )
@@ -94,7 +110,5 @@ def finish(dataset: Dataset, card: Card) -> list[UnitCommit]:
         write_unit(dataset, card, unit)
         for unit in [*pending_units(dataset, "prompts"), *pending_units(dataset, "latents")]
     ]
-    index, quarantine = build_tables(dataset, card)
-    replace(dataset.index_path, parquet_bytes(index))
-    replace(dataset.quarantine_path, parquet_bytes(quarantine))
+    update_tables(dataset, card)
     return commits

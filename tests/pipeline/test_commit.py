@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipeline import commit
-from schemas.errors import RunError
+from pipeline.coordinator import LOCK_NAME
+from schemas.errors import ConfigError, RunError
 
 
 def names(folder: Path) -> list[str]:
@@ -66,3 +72,124 @@ def test_the_record_is_synced_before_it_is_linked(tmp_path: Path, monkeypatch: p
     watch("link")
     commit.commit_once(tmp_path / "u.json", b"x")
     assert calls == ["fsync", "link", "fsync"]
+
+
+@pytest.fixture
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system as FAT is."""
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+def test_a_file_system_with_links_is_found_and_left_as_it_was(tmp_path: Path) -> None:
+    with commit.open_store(tmp_path / "new" / "latents") as committing:
+        assert committing == "link"
+    assert names(tmp_path / "new" / "latents") == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match="file/latents cannot be written"):
+        commit.open_store(tmp_path / "file" / "latents").__enter__()
+
+
+@pytest.mark.usefixtures("without_links")
+def test_without_links_one_coordinator_records(tmp_path: Path) -> None:
+    path = tmp_path / "commits" / "00" / "u.json"
+    with commit.open_store(tmp_path) as committing:
+        assert committing == "coordinator"
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda i: commit.commit_once(path, str(i).encode()), range(64)))
+        assert won.count(True) == 1
+        assert path.read_bytes() == str(won.index(True)).encode()
+        assert names(path.parent) == ["u.json"]
+    assert names(tmp_path) == ["commits"]
+    with pytest.raises(RunError, match="no hard links"):
+        commit.commit_once(tmp_path / "v.json", b"x")
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_second_coordinator_is_told_who_the_first_is(tmp_path: Path) -> None:
+    with commit.open_store(tmp_path), pytest.raises(RunError, match=f"process {os.getpid()} on "):
+        commit.open_store(tmp_path).__enter__()
+    with commit.open_store(tmp_path) as committing:
+        assert committing == "coordinator"
+    assert names(tmp_path) == []
+
+
+def hold(root: Path) -> int:
+    """A process of this host that dies while it is the coordinator; its number."""
+    script = (
+        "import os, sys; from pathlib import Path; from pipeline import commit\n"
+        "def refuse(*_): raise PermissionError(1, 'no links')\n"
+        "os.link = refuse\n"
+        "held = commit.open_store(Path(sys.argv[1])); held.__enter__(); os.kill(os.getpid(), 9)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(root)]) as process:
+        assert process.wait() == -9
+    return process.pid
+
+
+@pytest.mark.usefixtures("without_links")
+def test_the_lock_of_a_dead_process_is_taken_over_once(tmp_path: Path) -> None:
+    hold(tmp_path)
+    assert LOCK_NAME in names(tmp_path)
+    heirs: list[str] = []
+
+    def inherit(_: int) -> str:
+        try:
+            with commit.open_store(tmp_path) as committing:
+                everybody_tried.wait(timeout=60)
+                return committing
+        except RunError as error:
+            everybody_tried.wait(timeout=60)
+            return "refused" if f"process {os.getpid()} on" in str(error) else str(error)
+
+    everybody_tried = threading.Barrier(8)
+    with ThreadPoolExecutor(8) as pool:
+        heirs += pool.map(inherit, range(8))
+    assert sorted(heirs) == ["coordinator", *["refused"] * 7]
+    (heirloom,) = names(tmp_path)
+    assert commit.is_scaffold(heirloom), "left for gc"
+
+
+@pytest.mark.usefixtures("without_links")
+@pytest.mark.parametrize("changed", [{"host": "elsewhere"}, {"boot": "before"}, {"started": None}])
+def test_a_lock_is_judged_by_host_boot_and_start(tmp_path: Path, changed: dict[str, str | None]) -> None:
+    """Elsewhere a process number means nothing; here one with another start is another process."""
+    with commit.open_store(tmp_path):
+        owner = json.loads((tmp_path / LOCK_NAME / "owner.json").read_bytes())
+    (tmp_path / LOCK_NAME).mkdir()
+    (tmp_path / LOCK_NAME / "owner.json").write_text(json.dumps(owner | changed))
+    if "started" in changed:
+        with commit.open_store(tmp_path) as committing:
+            assert committing == "coordinator"
+    else:
+        with pytest.raises(RunError, match=f"remove the folder {tmp_path / LOCK_NAME}"):
+            commit.open_store(tmp_path).__enter__()
+        assert names(tmp_path) == [LOCK_NAME]
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_lock_that_says_nothing_is_for_a_person(tmp_path: Path) -> None:
+    (tmp_path / LOCK_NAME).mkdir()
+    (tmp_path / LOCK_NAME / "else").write_bytes(b"")
+    with pytest.raises(RunError, match="is not the lock of any run"):
+        commit.open_store(tmp_path).__enter__()
+    assert names(tmp_path) == [LOCK_NAME]
+
+
+@pytest.mark.usefixtures("without_links")
+def test_a_rename_that_replaces_folders_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(RunError, match="neither hard links nor a rename that spares"):
+        commit.open_store(tmp_path).__enter__()

@@ -118,3 +118,14 @@ def test_a_folder_without_videos_is_refused(tmp_path: Path, name: str) -> None:
         search(tmp_path)
     with pytest.raises(ManifestError, match="does not exist"):
         search(tmp_path / "nowhere")
+
+
+def test_metadata_may_name_urls(tmp_path: Path) -> None:
+    url = "https://example.com/a.mp4"
+    put(
+        tmp_path,
+        {"deep/metadata.jsonl": json.dumps({"file_name": url, "text": "far"}), "b.mp4": "", "b.txt": "x"},
+    )
+    rows = [row for row in discover(tmp_path) if isinstance(row, ManifestRow)]
+    assert [(row.source, row.caption) for row in rows] == [(url, "far"), ("b.mp4", "x")]
+    assert rows[0].path == url

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pipeline import graph
-from pipeline.graph import EARLY_STOP_ROWS, preprocess
+from pipeline.graph import preprocess
+from pipeline.progress import EARLY_STOP_ROWS
 from pipeline.shard_writer import ShardWriter
 from schemas.check import check_dataset
 from schemas.config import PreprocessConfig
@@ -219,7 +220,7 @@ def test_disk_trouble_stops_the_run_and_the_next_one_finishes_it(
         add(self, *args, **kwargs)
 
     monkeypatch.setattr(ShardWriter, "add", full_once)
-    with pytest.raises(RunError, match=r"No space left on device.*run the same command again"):
+    with pytest.raises(RunError, match=r"the disk is full at .*out.*run the same command again"):
         preprocess(config_for(manifest, tmp_path / "out"))
     summary, _ = preprocess(config_for(manifest, tmp_path / "out"))
     assert (summary["kept"], summary["quarantined"]) == (5, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.confine import NOT_ENFORCED
 from pipeline.decode import decode_clip
 from pipeline.placement import place_clip
 from pipeline.sandbox import DecodeRequest, DecoderProcess
@@ -29,13 +30,16 @@ import numpy as np
 from pipeline.decode import decode_clip
 from pipeline.sandbox_child import serve
 
+first = not os.path.exists(__file__ + ".started")
+if first:
+    os.mkdir(__file__ + ".started")
+
 def decode(path, **settings):
     name = os.path.basename(path)
     if name.startswith("segfault"):
         print("about to fail", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGSEGV)
-    if name.startswith("flaky") and not os.path.exists(path + ".tried"):
-        os.mkdir(path + ".tried")
+    if name.startswith("flaky") and first:
         os.kill(os.getpid(), signal.SIGKILL)
     if name.startswith("hang"):
         signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
@@ -43,12 +47,8 @@ def decode(path, **settings):
             pass
     if name.startswith("bloat"):
         np.ones(8 << 30, np.uint8)
-    if name.startswith("write"):
-        try:
-            with open(path + ".evil", "wb") as file:
-                file.write(b"x")
-        except OSError as error:
-            raise RuntimeError("no write") from error
+    if name.startswith("wrong"):
+        raise RuntimeError("not as planned")
     if name.startswith("noisy"):
         print("line" * 100_000)
         print("line" * 100_000, file=sys.stderr)
@@ -56,6 +56,9 @@ def decode(path, **settings):
 
 serve(decode)
 """
+
+
+KILL = "os.kill(os.getpid(), 9)"
 
 
 def decoder(**changes: Any) -> DecoderProcess:
@@ -248,13 +251,13 @@ def test_a_memory_bomb_costs_one_clip(faulty: DecoderProcess, clip_path: Path) -
     assert take(faulty) == list(range(0, 18, 2))
 
 
-def test_the_child_cannot_write_files(faulty: DecoderProcess, clip_path: Path) -> None:
-    request = named(clip_path, "write")
-    faulty.submit(request)
+def test_an_error_of_ours_costs_one_clip_and_says_where(faulty: DecoderProcess, clip_path: Path) -> None:
+    for name in ("wrong", "fine"):
+        faulty.submit(named(clip_path, name))
     error = failure(faulty)
-    assert error.reason == "decoder_crash"
-    assert "RuntimeError: no write" in error.message
-    assert os.path.getsize(request.path + ".evil") == 0
+    assert (error.reason, error.stage, error.attempts) == ("internal", "decode", 1)
+    assert re.search(r"RuntimeError: not as planned \(faulty\.py:\d+ in decode\)", error.message)
+    assert take(faulty) == list(range(0, 18, 2))
 
 
 @pytest.mark.parametrize(("threads", "alone"), [(1, True), (2, False)])
@@ -287,13 +290,26 @@ def test_what_a_decoder_prints_disturbs_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_program_that_does_not_start_says_why(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("last_words", "starts"), [("raise SystemExit('no such decoder')", 1), (KILL, 3)])
+def test_a_program_that_does_not_start_says_why(tmp_path: Path, last_words: str, starts: int) -> None:
     program = tmp_path / "broken.py"
-    program.write_text("raise SystemExit('no such decoder')")
+    program.write_text(f"import os\nos.mkdir(f'{{__file__}}.{{os.getpid()}}')\n{last_words}")
     with decoder(program=[str(program)]) as process:
         process.submit(DecodeRequest("a.mp4"))
-        with pytest.raises(RunError, match="no such decoder"):
+        with pytest.raises(RunError, match=r"does not start: .*(no such decoder|SIGKILL)"):
             process.result()
+    assert len(list(tmp_path.glob("broken.py.*"))) == starts
+
+
+def test_a_child_killed_while_it_starts_is_started_again(tmp_path: Path, clip_path: Path) -> None:
+    program = tmp_path / "late.py"
+    tried = tmp_path / "tried"
+    once = f"import os\nif not os.path.exists({str(tried)!r}):\n    os.mkdir({str(tried)!r})\n    {KILL}\n"
+    program.write_text(once + FAULTY)
+    with decoder(program=[str(program)]) as process:
+        process.submit(DecodeRequest(str(clip_path)))
+        assert take(process) == list(range(0, 18, 2))
+        assert not process.protections["memory"].startswith(NOT_ENFORCED)
 
 
 def test_the_child_dies_with_its_parent(clip_path: Path, tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.numpy
 import webdataset
 
+from pipeline.commit import commit_once
 from pipeline.generation import Unit, pending_units
-from pipeline.shard_writer import ShardWriter
-from schemas.codec import tensor_from
+from pipeline.shard_writer import ShardWriter, record_bytes
+from schemas.codec import Tensor, tensor_from
 from schemas.dataset import Dataset
 from schemas.index import read_index, read_tensor
 from tests.pipeline.fake import ask, finish, make_dataset, make_rows, write_unit
@@ -108,3 +110,18 @@ def test_a_unit_of_failures_commits_without_a_shard(tmp_path: Path) -> None:
     assert commit.shard is None
     assert [failure.reason for failure in commit.quarantined] == ["bad"]
     assert list((dataset.root / "latents").rglob("*.tar")) == []
+
+
+def test_for_a_coordinator_a_shard_is_published_and_its_record_handed_over(tmp_path: Path) -> None:
+    dataset, card = make_dataset(tmp_path / "latents")
+    fingerprint = card.family_fingerprint("prompts")
+    with ShardWriter(
+        dataset, family="prompts", unit=3, fingerprint=fingerprint, committing="coordinator"
+    ) as shard:
+        shard.add("0" * 32, {"prompt_embeds": Tensor("F32", np.ones((5, 8), np.float32))}, meta={})
+        record = shard.commit(quarantined=[], seconds={})
+    assert record.shard is not None
+    assert (dataset.root / record.shard).stat().st_size == record.nbytes
+    assert dataset.commit("prompts", 3) is None
+    assert commit_once(dataset.commit_path("prompts", 3), record_bytes(record))
+    assert dataset.commit("prompts", 3) == record

@@ -205,3 +205,15 @@ def test_a_manifest_may_be_written_over_itself_and_a_failure_leaves_it(folder: P
     rows, problems = rows_of(path)
     assert ([row.source for row in rows], problems) == (["a.mp4", "b.mp4"], [])
     assert sorted(entry.name for entry in folder.iterdir()) == ["a.mp4", "b.mp4", "m.jsonl"]
+
+
+def test_urls_are_carried_as_they_are(tmp_path: Path) -> None:
+    url = "https://example.com/a.mp4?b=c"
+    (tmp_path / "m.jsonl").write_text(json.dumps({"video": url, "caption": "x"}) + "\n")
+    (row,) = read_manifest(tmp_path / "m.jsonl")
+    assert isinstance(row, ManifestRow)
+    assert row.path == row.source == url
+    write_manifest(tmp_path / "deep" / "n.jsonl", [row])
+    (again,) = read_manifest(tmp_path / "deep" / "n.jsonl")
+    assert isinstance(again, ManifestRow)
+    assert again.path == url

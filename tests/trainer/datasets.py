@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.generation import add_generation, pending_units
+from pipeline.reindex import update_tables
 from pipeline.shard_writer import ShardWriter
 from pipeline.source import Source
 from schemas.bucket import Geometry
@@ -20,7 +20,6 @@ from schemas.card import card_bytes, card_path, make_card
 from schemas.codec import TAGS, Tensor, from_float32
 from schemas.config import BucketConfig, Dtype, PreprocessConfig, TextEncoderConfig, VideoEncoderConfig
 from schemas.dataset import Dataset
-from schemas.index import build_tables
 from schemas.manifest import ManifestRow
 from schemas.scaling import Scaling
 
@@ -103,7 +102,7 @@ def write_dataset(
                         tensors = clip_tensors(number, shapes[number], store=store, dtype=dtype)
                         shard.add(row["key"], tensors, meta=_clip_meta(shapes[number]))
                 shard.commit(quarantined=[], seconds={})
-    pq.write_table(build_tables(dataset, card)[0], dataset.index_path)
+    update_tables(dataset, card)
     return root
 
 

@@ -19,6 +19,7 @@ from schemas.codec import Tensor, as_float32, checksum
 from schemas.config import DataConfig, LrConfig, StageConfig, TrainConfig
 from schemas.errors import ConfigError, DatasetError
 from schemas.scaling import Scaling, scale
+from schemas.tables import sealed_parquet
 from tests.trainer.datasets import PROMPT_WIDTH, SHAPES, Shape, clip_tensors, prompt_tensors, write_dataset
 from trainer.catalog import Catalog
 from trainer.loader import Loader
@@ -372,7 +373,7 @@ def test_an_index_that_disagrees_names_the_sample(
 ) -> None:
     dataset = write_dataset(tmp_path / "latents")
     table = pq.read_table(dataset / "index.parquet")
-    pq.write_table(change(table, column, value), dataset / "index.parquet")
+    (dataset / "index.parquet").write_bytes(sealed_parquet(change(table, column, value)))
     sample = max(table["sample_id"].to_pylist())
     with pytest.raises(DatasetError, match=f"sample {sample} in .*: expected {message}.*verify"):
         Loader(Catalog(dataset), config=train_config())
@@ -389,7 +390,7 @@ def test_an_index_without_rows_or_columns_says_what_to_do(
     tmp_path: Path, edit: Callable[[pa.Table], pa.Table], message: str
 ) -> None:
     dataset = write_dataset(tmp_path / "latents")
-    pq.write_table(edit(pq.read_table(dataset / "index.parquet")), dataset / "index.parquet")
+    (dataset / "index.parquet").write_bytes(sealed_parquet(edit(pq.read_table(dataset / "index.parquet"))))
     with pytest.raises(DatasetError, match=message):
         Loader(Catalog(dataset), config=train_config())
 
@@ -399,7 +400,7 @@ def test_the_order_of_index_rows_does_not_matter(tmp_path: Path) -> None:
     with Loader(Catalog(dataset), config=train_config()) as loader:
         expected, digest = [loader.packs(step) for step in range(6)], loader.plan_digest("all")
     table = pq.read_table(dataset / "index.parquet")
-    pq.write_table(table.take(list(reversed(range(len(table))))), dataset / "index.parquet")
+    (dataset / "index.parquet").write_bytes(sealed_parquet(table.take(list(reversed(range(len(table)))))))
     with Loader(Catalog(dataset), config=train_config()) as loader:
         assert loader.plan_digest("all") == digest
         assert all(same(loader.packs(step), expected[step]) for step in range(6))
@@ -425,7 +426,7 @@ def test_the_plan_digest_follows_whatever_changes_the_steps(dataset: Path, tmp_p
     assert len(set(digests)) == len(digests)
     assert plan_digest(dataset, train_config(prefetch=0)) == digests[0]
     table = change(pq.read_table(fewer / "index.parquet"), "caption_digest", "0" * 32)
-    pq.write_table(table, fewer / "index.parquet")
+    (fewer / "index.parquet").write_bytes(sealed_parquet(table))
     assert plan_digest(fewer, train_config()) not in digests
 
 

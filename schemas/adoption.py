@@ -1,0 +1,104 @@
+"""Settings other than those of a dataset's card, taken on knowingly: `--adopt`, and the record it leaves.
+
+In: the card of a dataset and the one a config asks for. Out: what differs, whether that is on record, or the
+record to write. What is stored keeps its identity, and so do its fingerprints; what runs from then on is
+made with the new settings. So a field that changes shape, type or meaning of the numbers is never adopted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from schemas.card import Card, hard_differences
+from schemas.errors import DatasetError, StaleDatasetError
+from schemas.load import open_sealed_json, sealed_json
+from schemas.store import location
+
+NEVER = ("identity", "buckets", "scaling", "seed")
+"""With `_NEVER_ENDS`: fields of which one dataset cannot hold two kinds."""
+_NEVER_ENDS = (".kind", ".store", ".dtype", ".max_length", ".padding", ".clips", ".slide_step", ".target_fps")
+Differences = dict[str, tuple[Any, Any]]
+
+
+def adoption_path(dataset: str | Path, number: int) -> Path:
+    return location(dataset) / f"adopted-{number:06d}.json"
+
+
+def read_adoptions(dataset: str | Path) -> list[dict[str, Any]]:
+    """Every record of an adoption, in order.
+
+    `fields` maps field -> [card, adopted], `generation` is the number of the first manifest generation made
+    with them, `soft` holds the versions of libraries.
+    """
+    records: list[dict[str, Any]] = []
+    while (path := adoption_path(dataset, len(records))).exists():
+        try:
+            records.append(open_sealed_json(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{path} is damaged: {error}; put back a copy of it") from error
+    return records
+
+
+def unsettled(dataset: str | Path, *, have: Card, want: Card) -> Differences:
+    """Field -> (card, config) for every hard field that differs and was not adopted with that value."""
+    adopted = read_adoptions(dataset)
+    return {
+        field: values
+        for field, values in hard_differences(have, want).items()
+        if not any(
+            field in record["fields"] and record["fields"][field][1] == values[1] for record in adopted
+        )
+    }
+
+
+def may_be_adopted(field: str) -> bool:
+    return field not in NEVER and not field.endswith(_NEVER_ENDS)
+
+
+def refuse_stale(dataset: str | Path, *, have: Card, want: Card) -> None:
+    """StaleDatasetError naming every hard field in which `want` differs from the dataset's card, but for
+    those adopted before."""
+    differences = unsettled(dataset, have=have, want=want)
+    if differences:
+        adoptable = all(map(may_be_adopted, differences))
+        raise StaleDatasetError(
+            f"{dataset} was made with other settings, and two kinds of latents never mix in one dataset:\n"
+            + difference_lines(differences)
+            + "\nset these back, or give another --set output=FOLDER"
+            + (
+                "; --adopt goes on with the new ones for what is not encoded yet, and leaves a record of it"
+                if adoptable
+                else ""
+            ),
+            differences,
+        )
+
+
+def difference_lines(differences: Differences) -> str:
+    """One aligned line per field."""
+    width = max(map(len, differences))
+    return "\n".join(
+        f"  {name:{width}}  dataset {old!r}, config {new!r}" for name, (old, new) in differences.items()
+    )
+
+
+def adoption_record(
+    dataset: str | Path, *, have: Card, want: Card, generation: int
+) -> tuple[Path, bytes] | None:
+    """Where and what to create so that `want` is taken on from `generation`; None where nothing is unsettled.
+
+    StaleDatasetError for a field that can never be adopted.
+    """
+    differences = unsettled(dataset, have=have, want=want)
+    if not differences:
+        return None
+    if never := {name: values for name, values in differences.items() if not may_be_adopted(name)}:
+        raise StaleDatasetError(
+            f"{dataset}: these settings decide shape, type or meaning of what is stored, and are never "
+            f"adopted:\n{difference_lines(never)}\nset them back, or give another --set output=FOLDER",
+            differences,
+        )
+    record = {"fields": {name: list(values) for name, values in differences.items()}, "soft": want.soft}
+    path = adoption_path(dataset, len(read_adoptions(dataset)))
+    return path, sealed_json({**record, "generation": generation})

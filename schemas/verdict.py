@@ -1,0 +1,68 @@
+"""What verification says: counts, and findings with the command that mends each. Nothing here runs one."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from schemas.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    file: str
+    """Relative to the dataset."""
+    sample: str | None
+    problem: str
+    command: str | None
+    """What mends it; None where only a copy of the file can."""
+
+    def __str__(self) -> str:
+        sample = f", sample {self.sample}" if self.sample else ""
+        return f"{self.file}{sample}: {self.problem}\n  to mend it: {self.command or 'put a copy of it back'}"
+
+
+@dataclass
+class Verdict:
+    """What `verify` found."""
+
+    units: int = 0
+    samples: int = 0
+    prompts: int = 0
+    quarantined: int = 0
+    nbytes: int = 0
+    unfinished: int = 0
+    """Units asked for and not committed yet."""
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What is not wrong and worth knowing."""
+    rerun: str = ""
+    """The command that finishes what is unfinished."""
+
+    @property
+    def clean(self) -> bool:
+        return not self.findings and not self.unfinished
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"clean": self.clean, **asdict(self)}
+
+
+class Mending:
+    """The commands that mend a dataset; run by a person, never here."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        runs = sorted(dataset.runs.iterdir(), reverse=True) if dataset.runs.exists() else []
+        configs = (run / "config.toml" for run in runs)
+        config = next((str(path) for path in configs if path.exists()), "CONFIG")
+        self.rerun = shlex.join(["latentpress", "preprocess", config])
+        """With the config of the newest run."""
+
+    def rebuilt(self, *names: str) -> str:
+        """Delete files of the dataset and let `preprocess` make them again."""
+        tool = "aws s3 rm" if str(self._dataset.root).startswith("s3://") else "rm -f"
+        gone = [f"{tool} {shlex.quote(str(self._dataset.root / name))}" for name in names]
+        return " && ".join([*gone, self.rerun])
