@@ -72,6 +72,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def count_of(number: int, noun: str) -> str:
+    """Such as "1 unit" and "2 units"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def size(nbytes: float) -> str:
     """Decimal bytes, as disks are sold."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from jobs.console import Pace, print_json, size
+from jobs.console import Pace, count_of, print_json, size
 from pipeline.export import Written, new_folder, to_webdataset, to_zarr
 from schemas.card import read_card
 from schemas.errors import EXIT_DONE
@@ -41,6 +41,6 @@ def export(
             }
         )
     else:
-        shards = f" in {len(written.shards)} shards" if form == "webdataset" else ""
-        print(f"wrote {written.samples} samples{shards}, {size(written.nbytes)}, to {output}")
+        shards = f" in {count_of(len(written.shards), 'shard')}" if form == "webdataset" else ""
+        print(f"wrote {count_of(written.samples, 'sample')}{shards}, {size(written.nbytes)}, to {output}")
     return EXIT_DONE

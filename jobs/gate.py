@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import Any
@@ -13,9 +14,12 @@ from pipeline.fidelity import MAX_DIFFERENCE, Fidelity, NotCompared
 class Gate:
     """Samples held against their sources, and what is asked of them."""
 
-    def __init__(self, results: list[Fidelity | NotCompared], *, min_psnr: float) -> None:
-        """`min_psnr`: dB, for the mean of a sample's frames."""
-        self.results, self._min_psnr = results, min_psnr
+    def __init__(
+        self, results: list[Fidelity | NotCompared], *, min_psnr: float, notes: Sequence[str]
+    ) -> None:
+        """`min_psnr`: dB, for the mean of a sample's frames; `notes`: of settings that were adopted, which
+        the samples are not decoded with."""
+        self.results, self._min_psnr, self._notes = results, min_psnr, notes
         self.compared = [result for result in results if isinstance(result, Fidelity)]
         self.failed = [result for result in self.compared if not self._holds(result)]
 
@@ -36,6 +40,7 @@ class Gate:
             "median_psnr_db": median(psnr) if psnr else None,
             "max_difference": max((result.difference for result in self.compared), default=None),
             "gate": {"min_psnr_db": self._min_psnr, "max_difference": MAX_DIFFERENCE},
+            "notes": list(self._notes),
             "samples": [asdict(result) for result in self.results],
         }
 
@@ -51,6 +56,8 @@ class Gate:
         for missing in self.results:
             if isinstance(missing, NotCompared):
                 print(f"note: sample {missing.sample_id[:12]}, {missing.source}: {missing.note}")
+        if self._notes:
+            print("note: sources were decoded with the settings of the card, and others were adopted since")
         told = self.as_dict()
         if not self.compared:
             print(f"none of {len(self.results)} samples could be compared with its source: not passed")

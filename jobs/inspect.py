@@ -15,6 +15,7 @@ import numpy as np
 from jobs.console import print_json
 from jobs.sheet import Sheet, draw_sheet
 from pipeline.fidelity import Redecoder, card_encoder, frame_psnr
+from schemas.adoption import adoption_notes
 from schemas.card import Card, read_card
 from schemas.codec import as_float32
 from schemas.config import LimitsConfig, SourcesConfig
@@ -59,6 +60,7 @@ def inspect_sample(
     if not isinstance(found, str) and found.shape != decoded.shape:
         found = f"source now gives frames {found.shape}, the latents {decoded.shape}"
     source, notes = (None, [found]) if isinstance(found, str) else (found, [])
+    notes += adoption_notes(dataset)
     psnr = [] if source is None else frame_psnr(source, decoded)
     output = Path(output or f"inspect-{row['sample_id'][:12]}.png")
     sheet = Sheet(

@@ -12,13 +12,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jobs.console import Pace, console, count_table, duration, print_json, size, table
+from jobs.console import Pace, console, count_of, count_table, duration, print_json, size, table
 from jobs.growth import Growth, other_settings, say_other_settings
 from jobs.report import clip_counts, window_s
 from pipeline.clip import Placed
@@ -67,16 +66,13 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: b
     notes: list[dict[str, Any]] = []
     dropped: list[dict[str, Any]] = []
     chosen: list[_Chosen] = []
-    clips: list[ManifestRow] = []
-    is_chosen: list[bool] = []
+    looked: dict[int, Placed | ClipError] = {}
     counts: Counter[str] = Counter(clips=0, shorter_than_bucket=0, slowed_beyond_2x=0)
     leftover = 0.0
     pace = Pace("rows")
     for number, (row, found) in enumerate(survey(rows, config), 1):
         pace.tick(number, f"{len(dropped)} dropped")
-        each_clip = _clips(row, found, config)
-        clips += each_clip
-        is_chosen += [not isinstance(found, ClipError)] * len(each_clip)
+        looked[row.number] = found
         if isinstance(found, ClipError):
             drops[found.reason] += 1
             dropped.append(
@@ -90,8 +86,8 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: b
         buckets[bucket_name(bucket)] += found.num_clips
         chosen.append(_Chosen(row, bucket, found.num_clips))
 
-    growth = Growth(dataset, card, config, clips, rows=len(rows))
-    done, failed = growth.done(np.array(is_chosen))
+    growth = Growth(dataset, card, config, rows, looked)
+    done, failed = growth.done()
     captions = list(dict.fromkeys(row.caption for row in rows))
     report: dict[str, Any] = {
         "rows": len(rows),
@@ -132,14 +128,6 @@ def _leftover_s(row: ManifestRow, placed: Placed, config: PreprocessConfig) -> f
     step = frames.slide_step if frames.clips == "slide" else num_frames
     used = (placed.num_clips - 1) * min(step, num_frames) + num_frames
     return window_s(row, placed) * max(0, placed.num_available - used) / max(1, placed.num_available)
-
-
-def _clips(row: ManifestRow, found: Placed | ClipError, config: PreprocessConfig) -> list[ManifestRow]:
-    """The clips that preprocess would ask for; of a row that cannot be placed, one that says so."""
-    if config.frames.clips == "head":
-        return [row]
-    count = 0 if isinstance(found, ClipError) else found.num_clips
-    return [replace(row, clip=clip, clips=count) for clip in range(max(1, count))]
 
 
 def _latent_bytes(bucket: BucketConfig, card: Card) -> int:
@@ -201,10 +189,10 @@ def _print(report: dict[str, Any], config: PreprocessConfig, growth: Growth) -> 
     done = f", {report['already_done']} done already" if report["already_done"] else ""
     if report["already_quarantined"]:
         done += f", {report['already_quarantined']} of them quarantined and not tried again"
-    facts.add_row("rows", f"{report['rows']} ({into}{report['clips']} clips{done})")
+    facts.add_row("rows", f"{report['rows']} ({into}{count_of(report['clips'], 'clip')}{done})")
     facts.add_row(
         "shorter than bucket",
-        f"{report['shorter_than_bucket']} rows (frames.short = {config.frames.short!r}), "
+        f"{count_of(report['shorter_than_bucket'], 'row')} (frames.short = {config.frames.short!r}), "
         f"{report['slowed_beyond_2x']} of them slowed beyond 2x",
     )
     if config.frames.policy in AT_A_RATE:
@@ -215,8 +203,9 @@ def _print(report: dict[str, Any], config: PreprocessConfig, growth: Growth) -> 
         workers = config.executor.workers
         facts.add_row(
             "estimate",
-            f"{duration(report['estimated_s'])} with {workers} workers and about "
-            f"{size(report['estimated_memory_bytes'])} of memory (from {report['trial_clips']} trial clips)",
+            f"{duration(report['estimated_s'])} with {count_of(workers, 'worker')} and about "
+            f"{size(report['estimated_memory_bytes'])} of memory "
+            f"(from {count_of(report['trial_clips'], 'trial clip')})",
         )
     console.print(facts)
 

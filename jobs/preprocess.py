@@ -21,7 +21,7 @@ def run(config_path: Path, *, overrides: Sequence[str], adopt: bool, as_json: bo
     config = load_config(config_path, PreprocessConfig, overrides=overrides)
     with _ended_like_ctrl_c():
         summary, ran = preprocess(config, adopt=adopt)
-    unfinished = summary["clips"] - summary["kept"] - summary["quarantined"]
+    unfinished = summary["asked_meanwhile"] or summary["clips"] > summary["kept"] + summary["quarantined"]
     over = summary["quarantine_rate"] > config.quarantine.max_rate
     if as_json:
         print_json(summary)
@@ -32,21 +32,31 @@ def run(config_path: Path, *, overrides: Sequence[str], adopt: bool, as_json: bo
 
 @contextlib.contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM, which batch systems send, ends a run as Ctrl-C does: its workers and temp files go with it."""
+    """SIGTERM, which batch systems send, and SIGHUP, of a closed terminal, end a run as Ctrl-C does: its
+    workers and temp files go with it. Under `nohup` SIGHUP stays ignored."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def report(config: PreprocessConfig, summary: dict[str, Any], *, ran: bool, over: bool) -> None:
     """The summary for a person."""
     console.print(f"{summary['kept']} of {summary['clips']} clips kept, {summary['quarantined']} quarantined")
+    if summary["asked_meanwhile"]:
+        console.print(
+            "another run, or `latentpress retry`, changed what is asked for meanwhile; run the same command "
+            "again to ask for yours"
+        )
     if summary["reasons"]:
         console.print(count_table("reason", summary["reasons"]))
     if not ran:

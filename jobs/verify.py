@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.console import print_json, size
+from jobs.console import count_of, print_json, size
 from jobs.gate import Gate
 from pipeline.collect import find_orphans
 from pipeline.fidelity import MIN_PSNR_DB, choose_samples, compare
-from schemas.adoption import refuse_stale
+from schemas.adoption import adoption_notes, refuse_stale
 from schemas.card import read_card
 from schemas.check import check_dataset
 from schemas.config import LimitsConfig, PreprocessConfig, SourcesConfig
@@ -38,7 +38,7 @@ def verify(
 ) -> int:
     """Check `dataset`, and with `config` also that its card is what that config asks for.
 
-    `samples` of it are compared with their sources where there are no findings, under the limits and sources
+    `samples` of it are compared with their sources where it is clean, under the limits and sources
     of `config` if it is given; `min_psnr` in dB is their gate (MIN_PSNR_DB).
     """
     card = read_card(dataset)
@@ -50,6 +50,8 @@ def verify(
 
         settings = load_config(config, PreprocessConfig, overrides=overrides)
         refuse_stale(location(dataset), have=card, want=wanted_card(settings))
+    if min_psnr is not None and not samples:
+        raise ConfigError("--min-psnr is the gate of samples that are decoded again; give --sample N with it")
     live = sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:
@@ -60,7 +62,7 @@ def verify(
     if verdict.clean:
         _note_orphans(dataset, verdict)
     gate = None
-    if samples and not verdict.findings:
+    if samples and verdict.clean:
         limits, sources = LimitsConfig(), SourcesConfig()
         if settings is not None:
             limits, sources = settings.limits, settings.sources
@@ -68,6 +70,7 @@ def verify(
         gate = Gate(
             list(compare(dataset, card, rows, limits=limits, sources=sources)),
             min_psnr=MIN_PSNR_DB if min_psnr is None else min_psnr,
+            notes=adoption_notes(dataset),
         )
     if as_json:
         print_json({**verdict.as_dict(), "fidelity": gate and gate.as_dict()})
@@ -85,7 +88,7 @@ def _note_orphans(dataset: str | Path, verdict: Verdict) -> None:
     if orphans:
         nbytes = sum(orphan.nbytes for orphan in orphans)
         verdict.notes.append(
-            f"{len(orphans)} files ({size(nbytes)}) are of no commit, such as {orphans[0].name}; "
+            f"{count_of(len(orphans), 'file')} ({size(nbytes)}) of no commit, such as {orphans[0].name}; "
             f"`latentpress gc {dataset}` removes those that are old enough"
         )
 
@@ -99,9 +102,10 @@ def report(dataset: str | Path, verdict: Verdict) -> None:
     for note in verdict.notes:
         print(f"note: {note}")
     if verdict.unfinished:
-        print(f"{verdict.unfinished} units are not done yet; to go on: {verdict.rerun}")
+        print(f"{count_of(verdict.unfinished, 'unit')} not done yet; to go on: {verdict.rerun}")
     print(
-        f"{dataset}: {verdict.samples} samples, {verdict.prompts} prompts, "
-        f"{verdict.quarantined} quarantined, {verdict.units} units, {verdict.nbytes / 1e6:.1f} MB: "
-        + ("clean" if verdict.clean else f"{len(verdict.findings)} findings")
+        f"{dataset}: {count_of(verdict.samples, 'sample')}, {count_of(verdict.prompts, 'prompt')}, "
+        f"{verdict.quarantined} quarantined, {count_of(verdict.units, 'unit')}, "
+        f"{verdict.nbytes / 1e6:.1f} MB: "
+        + ("clean" if verdict.clean else count_of(len(verdict.findings), "finding"))
     )

@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +20,17 @@ import pyarrow.compute as pc
 from pipeline.source import Source
 from schemas.card import Card
 from schemas.dataset import Dataset
-from schemas.errors import DatasetError
-from schemas.history import GENERATION_SCHEMA, KEY, History, codes_of, column_numbers, positions, row_keys
+from schemas.errors import DatasetError, ManifestError
+from schemas.history import (
+    GENERATION_SCHEMA,
+    KEY,
+    UNIT,
+    History,
+    codes_of,
+    column_numbers,
+    positions,
+    row_keys,
+)
 from schemas.index import read_index, read_quarantine
 from schemas.manifest import ManifestRow
 from schemas.sample import Family, caption_digest, sample_id
@@ -37,6 +47,8 @@ class Changes:
     """The next generation; without rows where nothing changed."""
     cause: list[str]
     """Per row asked for: "" unchanged, "new", "caption changed", "file replaced", "moved", "left out"."""
+    keys: dict[Family, pa.ChunkedArray]
+    """Per row asked for."""
     removed: int
     """Live rows that are not asked for any more, and did not become another row."""
     unit: np.ndarray
@@ -64,21 +76,27 @@ def find_changes(
     kept = same("source_digest")
     noted = kept & ~np.logical_and.reduce([same(name) for name in _NOTED])
     asked = _with_keys(asked, card, kept=kept, found=found)
-    unit, fresh = _units(history, "latents", asked)
-    left_out = ~fresh & _left_out(dataset, asked["sample_id"], unit)
-    unit = _allot(asked["sample_id"], unit, fresh | left_out, history.next_unit("latents"), unit_rows)
-    prompt_unit, fresh = _units(history, "prompts", asked)
-    prompt_unit = _allot(asked["caption_digest"], prompt_unit, fresh, history.next_unit("prompts"), unit_rows)
+    finished, left_out = dataset.finished(), np.zeros(asked.num_rows, bool)
+    keys: dict[Family, pa.ChunkedArray] = {family: asked[name] for family, name in KEY.items()}
+    units: dict[Family, np.ndarray] = {}
+    for family in KEY:
+        unit, fresh = _units(history, family, asked)
+        lacking = _left_out(dataset, history, family, keys[family], unit, done=finished[family])
+        units[family] = _allot(keys[family], unit, fresh | lacking, history.next_unit(family), unit_rows)
+        left_out |= lacking
 
     gone = np.ones(live.num_rows, bool)
     gone[at[at >= 0]] = False
     cause, removed = _causes(asked, at=at, kept=kept, left_out=left_out, gone=live.take(np.flatnonzero(gone)))
     asked = asked.append_column("op", pa.repeat("add", asked.num_rows))
-    asked = asked.append_column("unit", pa.array(unit)).append_column("prompt_unit", pa.array(prompt_unit))
+    for family, name in UNIT.items():
+        asked = asked.append_column(name, pa.array(units[family]))
     added = asked.select(GENERATION_SCHEMA.names).take(np.flatnonzero(~kept | noted | left_out))
     dropped = live.take(np.flatnonzero(gone))
     dropped = dropped.set_column(0, "op", pa.repeat("remove", dropped.num_rows))
-    return Changes(pa.concat_tables([added, dropped]), cause, removed, unit, prompt_unit)
+    return Changes(
+        pa.concat_tables([added, dropped]), cause, keys, removed, units["latents"], units["prompts"]
+    )
 
 
 def _asked(rows: Sequence[ManifestRow], sources: Mapping[str, Source]) -> pa.Table:
@@ -94,9 +112,24 @@ def _asked(rows: Sequence[ManifestRow], sources: Mapping[str, Source]) -> pa.Tab
         "clip": [row.clip for row in rows],
         "clips": [row.clips for row in rows],
         "caption": [row.caption for row in rows],
-        "extra": [json.dumps(row.extra, sort_keys=True, default=str) if row.extra else "" for row in rows],
+        "extra": [_extra(row.extra) if row.extra else "" for row in rows],
     }
-    return pa.table(columns, schema=pa.schema([GENERATION_SCHEMA.field(name) for name in columns]))
+    try:
+        return pa.table(columns, schema=pa.schema([GENERATION_SCHEMA.field(name) for name in columns]))
+    except UnicodeEncodeError as error:
+        raise ManifestError(
+            f"{error.object!r}: expected Unicode text, found bytes that are none, such as in the name of the "
+            "folder of the manifest; rename it"
+        ) from None
+
+
+def _extra(columns: dict[str, Any]) -> str:
+    """JSON; NaN and infinities, which it has no words for, become null."""
+    try:
+        return json.dumps(columns, sort_keys=True, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(columns, default=str)
+        return json.dumps(json.loads(text, parse_constant=lambda _: None), sort_keys=True)
 
 
 def _with_keys(asked: pa.Table, card: Card, *, kept: np.ndarray, found: pa.Table) -> pa.Table:
@@ -133,29 +166,41 @@ def _allot(
     return unit
 
 
-def _left_out(dataset: Dataset, keys: pa.ChunkedArray, unit: np.ndarray) -> np.ndarray:
-    """Which keys were not in their unit when it was made, so that they need another.
+def _left_out(
+    dataset: Dataset,
+    history: History,
+    family: Family,
+    keys: pa.ChunkedArray,
+    unit: np.ndarray,
+    *,
+    done: np.ndarray,
+) -> np.ndarray:
+    """Which keys were not in their unit when it was made (it is `done`), so that they need another.
 
-    That happens when the row had been removed, and its file was gone or replaced, when the unit ran.
+    That happens when no row asked for them when the unit ran: it had been removed, or edited.
     """
-    waiting = np.isin(unit, dataset.finished()["latents"])
+    waiting = np.isin(unit, done)
+    tables = [read_index, read_quarantine]
+    if family == "prompts":  # the quarantine does not name these, so commits of its rows would be read
+        tables.remove(read_quarantine)
+        waiting &= positions(keys, among=history.once_hidden(family)) >= 0
     if waiting.any():
-        for read in (read_index, read_quarantine):
+        for read in tables:
             try:
-                known = read(dataset.root, columns=["sample_id", "unit"])
+                known = read(dataset.root, columns=[KEY[family], UNIT[family]])
             except DatasetError:  # what it holds is found in the commits
                 continue
             if known.num_rows:
-                at = positions(keys, among=known["sample_id"])
-                waiting &= (at < 0) | (column_numbers(known, "unit")[at] != unit)
+                at = positions(keys, among=known[KEY[family]])
+                waiting &= (at < 0) | (column_numbers(known, UNIT[family])[at] != unit)
     rows = np.flatnonzero(waiting)
     missing = np.zeros(len(unit), bool)
     by_unit = defaultdict(list)
     for row, key in zip(rows.tolist(), keys.take(rows).to_pylist(), strict=True):
         by_unit[int(unit[row])].append((row, key))
-    for commit in dataset.commits("latents", by_unit):
-        done = {sample.key for sample in commit.samples} | {failed.key for failed in commit.quarantined}
-        missing[[row for row, key in by_unit[commit.unit] if key not in done]] = True
+    for commit in dataset.commits(family, by_unit):
+        held = {sample.key for sample in commit.samples} | {failed.key for failed in commit.quarantined}
+        missing[[row for row, key in by_unit[commit.unit] if key not in held]] = True
     return missing
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -22,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import object_store
-from pipeline.commit import LOCAL_TEMP_PREFIX, TEMP_PREFIX
+from pipeline.commit import LOCAL_TEMP_PREFIX, NO_LINKS, TEMP_PREFIX, sync_folder
 from schemas.card import read_card
 from schemas.dataset import Dataset
 from schemas.errors import DatasetError
 from schemas.index import read_index
+from schemas.patience import patiently
 from schemas.sample import Family, unit_name
 from schemas.store import is_remote
 
@@ -92,7 +94,9 @@ def remove(dataset: Dataset, orphan: Orphan) -> bool:
     """Remove one orphan; False where it is gone, changed since it was found, or needed by now.
 
     A run that makes an uncommitted unit again gives its shard the same name. So the record of the unit is
-    looked at once more, and then the file: it is published first, so it is young where a record is to come.
+    looked at once more, and the file: it is published first, so it is young where a record is to come. In a
+    folder both are looked at again once the shard is out of everybody's way, and it goes back if need be;
+    an object store has no such step, and a run that publishes between look and removal loses its shard.
     """
     try:
         return _remove(dataset, orphan)
@@ -104,7 +108,7 @@ def _remove(dataset: Dataset, orphan: Orphan) -> bool:
     if orphan.upload is not None:
         fs, key = object_store.handle(dataset.root / orphan.name)
         bucket, _, name = key.partition("/")
-        object_store.patiently(
+        patiently(
             dataset.root,
             lambda: fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=orphan.upload),
         )
@@ -117,11 +121,43 @@ def _remove(dataset: Dataset, orphan: Orphan) -> bool:
         return False
     if is_remote(path):
         object_store.delete(path)
+    elif orphan.unit is not None:
+        return _remove_shard(dataset, orphan, path)
     elif stat.S_ISDIR(found.st_mode):
         shutil.rmtree(path)
     else:
         path.unlink()
     return True
+
+
+def _remove_shard(dataset: Dataset, orphan: Orphan, path: Path) -> bool:
+    """Take a shard aside, look at what was taken, and remove it or put it back."""
+    aside = path.with_name(f"{TEMP_PREFIX}gc-{secrets.token_hex(6)}")
+    os.rename(path, aside)
+    is_needed = True
+    try:
+        is_young = time.time() - aside.lstat().st_mtime < orphan.age_s
+        is_needed = is_young or _is_named(dataset, orphan)
+    finally:
+        if is_needed:
+            _put_back(aside, path)
+        aside.unlink(missing_ok=True)
+    return not is_needed
+
+
+def _put_back(aside: Path, path: Path) -> None:
+    """Give a shard its name again, durably; one that was published there meanwhile stays."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if path.exists():
+            return
+        os.rename(aside, path)
+    sync_folder(path.parent)
 
 
 def _entries(dataset: Dataset) -> Iterator[_Entry]:
@@ -149,7 +185,7 @@ def _listed(folder: Path) -> Iterator[_Entry]:
         return
     fs, key = object_store.handle(folder)
     try:
-        found = object_store.patiently(folder, lambda: fs.ls(key, detail=True, refresh=True))
+        found = patiently(folder, lambda: fs.ls(key, detail=True, refresh=True))
     except FileNotFoundError:
         return
     for entry in found:
@@ -175,8 +211,7 @@ def _is_named(dataset: Dataset, orphan: Orphan) -> bool:
     if orphan.unit is None:
         return False
     family, unit = orphan.unit
-    path = dataset.commit_path(family, unit)
-    commit = object_store.patiently(path, lambda: dataset.commit(family, unit))
+    commit = dataset.commit(family, unit)
     return commit is not None and commit.shard == orphan.name
 
 
@@ -229,7 +264,7 @@ def _pages(
     fs, _ = object_store.handle(dataset.root)
     more = True
     while more:
-        page = object_store.patiently(dataset.root, functools.partial(fs.call_s3, method, **request))
+        page = patiently(dataset.root, functools.partial(fs.call_s3, method, **request))
         yield page
         more = page.get("IsTruncated", False)
         request = {**request, **{name: page.get(f"Next{name}") for name in markers}}

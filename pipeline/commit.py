@@ -15,7 +15,7 @@ finds out at the start of a run which of three ways a store offers, and refuses 
 
 The durable steps, each of which may be the last one that a process does:
 
-    make_folder   mkdir, fsync of the parent                   (each missing level)
+    make_folder   mkdir, fsync of the parent                   (each level, once for a process)
     ShardWriter   create temp, write, fsync                    (shard; locally or in $TMPDIR)
     publish       rename temp -> hash name, fsync folder       | put: upload, look at it, unlink temp
     commit_once   create temp, write, fsync,
@@ -23,8 +23,13 @@ The durable steps, each of which may be the last one that a process does:
                                                                | put: conditional put
                                                                | coordinator: rename instead of link
     replace       create temp, write, fsync, rename over, fsync folder  | put: put
-    open_store    create probe, link, link, unlink, unlink     | put: put, put, delete
+    open_store    fsync of the folders of records,
+                  create probe, link, link, unlink, unlink     | put: put, put, delete
                                                                | coordinator: mkdir, write, fsync, rename
+
+A name that is there is not yet one that stays: whoever made it may have been killed before its fsync. So
+what a process builds on it syncs itself, folders (`make_folder`) as well as records (`open_store`,
+`commit_once`).
 """
 
 from __future__ import annotations
@@ -49,16 +54,18 @@ Committing = Literal["link", "put", "coordinator"]
 TEMP_PREFIX = ".tmp-"
 LOCAL_TEMP_PREFIX = "latentpress-tmp-"
 """Of files in $TMPDIR on their way to an object store; the process number follows."""
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _MAY_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+_lasting: set[tuple[Path, int, int]] = set()
+"""Folders, with device and inode, that this process knows to survive a power cut."""
 _coordinated: set[Path] = set()
 """Roots whose coordinator lock this process holds."""
 _recording = threading.Lock()
 
 
 def is_scaffold(name: str) -> bool:
-    """Whether a name beside a dataset's files is that of a temp file or a lock."""
-    return name.startswith(TEMP_PREFIX) or name == LOCK_NAME
+    """Whether a name beside a dataset's files is that of a temp file, a lock, or a file system's own."""
+    return name.startswith(TEMP_PREFIX) or name in (LOCK_NAME, "lost+found")
 
 
 @contextlib.contextmanager
@@ -74,6 +81,7 @@ def open_store(root: Path) -> Iterator[Committing]:
         return
     try:
         make_folder(root)
+        _keep_records(root)
         linked = _has_links(root)
     except OSError as error:
         if error.errno in _MAY_MEND:
@@ -104,12 +112,25 @@ def temp_path(folder: Path) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """`mkdir -p` whose new entries survive a power cut; object stores have no folders."""
-    if is_remote(folder) or folder.is_dir():
+    """`mkdir -p` whose entries survive a power cut, the old ones too; object stores have no folders."""
+    if is_remote(folder):
         return
-    make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
+    folder = folder.absolute()
+    is_new = not folder.is_dir()
+    if is_new:
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+    about = folder.stat()
+    this = (folder, about.st_dev, about.st_ino)
+    if this in _lasting and not is_new:  # a new folder may have the inode of one that was removed
+        return
+    if is_new:
+        sync_folder(folder.parent)
+    elif folder.parent != folder and folder.parent.stat().st_dev == about.st_dev:  # nobody made a mount point
+        make_folder(folder.parent)
+        with contextlib.suppress(PermissionError):  # a folder above that may not be read is not of a run
+            sync_folder(folder.parent)
+    _lasting.add(this)
 
 
 def sync_folder(folder: Path) -> None:
@@ -136,19 +157,19 @@ def commit_once(path: Path, data: bytes | memoryview) -> bool:
     if is_remote(path):
         return object_store.put_once(path, bytes(data))
     temp = _write_temp(path.parent, data)
+    is_first = True
     try:
         os.link(temp, path)
     except FileExistsError:
-        return False
+        is_first = False
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
-        if not _record(temp, path):
-            return False
+        is_first = _record(temp, path)
     finally:
         temp.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return True
+    sync_folder(path.parent)  # also the record of somebody else, who may have died before doing so
+    return is_first
 
 
 def replace(path: Path, data: bytes | memoryview) -> None:
@@ -179,6 +200,14 @@ def _record(temp: Path, path: Path) -> bool:
         return True
 
 
+def _keep_records(root: Path) -> None:
+    """Make the records durable that a killed run may have left without: this one takes them as done."""
+    commits = root / "commits"
+    for folder in (root, root / "manifest", commits, *commits.glob("*")):
+        if folder.is_dir():
+            sync_folder(folder)
+
+
 def _has_links(root: Path) -> bool:
     """Whether `link` works here and spares what is there."""
     temp, record = temp_path(root), temp_path(root)
@@ -190,7 +219,7 @@ def _has_links(root: Path) -> bool:
         except FileExistsError:
             return True
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in NO_LINKS:
                 raise
         return False
     finally:

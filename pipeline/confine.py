@@ -47,18 +47,60 @@ _OUTSIDE, _OUTSIDE_SINCE = 0b11, 6
 _SECCOMP = "libseccomp.so.2"
 _ERRNO, _ALLOW = 0x00050000, 0x7FFF0000
 _ATTRIBUTE_TSYNC, _ATTRIBUTE_SSB = 4, 7
+_NOT_EQUAL, _MASKED = 1, 7
 _REFUSED_CALLS = (
-    *("socket", "connect", "bind", "io_uring_setup"),
-    *("execve", "execveat", "ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd"),
+    *("socket", "socketpair", "connect", "bind", "io_uring_setup"),
+    *("execve", "execveat", "fork", "vfork", "setsid", "setpgid"),
+    *("ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "process_mrelease", "kcmp"),
+    *("move_pages", "migrate_pages", "pidfd_open", "pidfd_getfd", "pidfd_send_signal"),
+    *("rt_sigqueueinfo", "rt_tgsigqueueinfo", "sched_setaffinity", "sched_setscheduler", "sched_setattr"),
+    *("sched_setparam", "setpriority", "ioprio_set"),
+    *("shmget", "shmat", "shmctl", "msgget", "msgsnd", "msgrcv", "msgctl", "semget", "semop", "semctl"),
+    *("mq_open", "mq_unlink", "add_key", "keyctl", "request_key"),
+    *("creat", "truncate", "unlink", "unlinkat", "rename", "renameat", "renameat2", "mkdir", "mkdirat"),
+    *("rmdir", "mknod", "mknodat", "link", "linkat", "symlink", "symlinkat", "flock"),
+    *("name_to_handle_at", "open_by_handle_at"),
     *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
-    *("utime", "utimes", "futimesat", "utimensat", "setxattr", "lsetxattr", "fsetxattr"),
-    *("removexattr", "lremovexattr", "fremovexattr", "mount", "umount2", "unshare", "setns", "bpf"),
+    *("utime", "utimes", "futimesat", "utimensat", "setxattr", "lsetxattr", "fsetxattr", "setxattrat"),
+    *("removexattr", "lremovexattr", "fremovexattr", "removexattrat", "file_setattr"),
+    *("mount", "umount2", "move_mount", "open_tree", "fsopen", "fsconfig", "fsmount", "fspick"),
+    *("mount_setattr", "pivot_root", "chroot", "unshare", "setns", "quotactl", "quotactl_fd", "acct"),
+    *("bpf", "perf_event_open", "userfaultfd", "fanotify_init", "kexec_load", "kexec_file_load"),
+    *("init_module", "finit_module", "delete_module", "reboot", "swapon", "swapoff", "sethostname"),
+    *("setdomainname", "settimeofday", "clock_settime", "adjtimex", "clock_adjtime", "syslog"),
+    *("iopl", "ioperm", "modify_ldt", "personality", "vhangup"),
 )
-"""No network, no programs, no other processes, and what Landlock does not hold: owners, modes, times."""
+"""No network, no programs, no other processes, no change of files, nothing shared or of the system's."""
+_ABSENT_CALLS = ("clone3", "openat2")
+"""What they are asked lies in memory, where a filter cannot look; libraries can do without them."""
+_INT = 0xFFFFFFFF
+_CLONE_THREAD = 0x10000
+_WRITES = ((3, 1), (3, 2), (3, 3), (os.O_CREAT, os.O_CREAT), (os.O_TRUNC, os.O_TRUNC))
+_REFUSED_ARGUMENTS: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {
+    "open": (1, _WRITES),
+    "openat": (2, _WRITES),
+    "clone": (0, ((_CLONE_THREAD, 0),)),
+    "prctl": (0, ((_INT, _PR_SET_PDEATHSIG),)),
+    # The terminal's input, flags of a file; signals to the owner of a descriptor, leases.
+    "ioctl": (1, tuple((_INT, what) for what in (0x5412, 0x541C, 0x40086602, 0x401C5820))),
+    "fcntl": (1, tuple((_INT, what) for what in (8, 10, 15, 1024))),
+}
+"""Call -> position of an argument, and what it must not be: mask, value."""
+_OWN_ALONE = ("kill", "tgkill", "tkill")
+"""A process may end itself: abort does."""
 
 
 class _Ruleset(ctypes.Structure):
     _fields_ = (("files", ctypes.c_uint64), ("network", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
+
+
+class _Comparison(ctypes.Structure):
+    _fields_ = (
+        ("argument", ctypes.c_uint),
+        ("operator", ctypes.c_int),
+        ("first", ctypes.c_uint64),
+        ("second", ctypes.c_uint64),
+    )
 
 
 class _PathRule(ctypes.Structure):
@@ -94,6 +136,8 @@ def confine(*, parent: int, limits: LimitsConfig, decode: DecodeConfig, keep_roo
         found["programs"] = "Landlock"
         if abi >= _TCP_SINCE:
             found["network"] = f"Landlock: TCP alone ({filtered})"
+    elif not locked and not filtered.startswith(NOT_ENFORCED):
+        found["files"] = "read only (seccomp)"
     return found
 
 
@@ -167,7 +211,7 @@ def _landlock(libc: ctypes.CDLL, abi: int, *, devices: bool) -> str:
 
 
 def _seccomp() -> str:
-    """Refuse the calls above with EPERM, in every thread."""
+    """Refuse the calls above, in every thread; EPERM, or ENOSYS where a library then does without."""
     try:
         library = ctypes.CDLL(_SECCOMP)
     except OSError:
@@ -177,9 +221,24 @@ def _seccomp() -> str:
     library.seccomp_attr_set(rules, _ATTRIBUTE_TSYNC, ctypes.c_uint32(1))
     # Older kernels slow a filtered process down against speculation; it holds no secret worth that.
     library.seccomp_attr_set(rules, _ATTRIBUTE_SSB, ctypes.c_uint32(1))
-    for name in _REFUSED_CALLS:
+
+    def refuse(name: str, *where: _Comparison, error: int = errno.EPERM) -> None:
         number = library.seccomp_syscall_resolve_name(name.encode())
-        library.seccomp_rule_add(rules, ctypes.c_uint32(_ERRNO | errno.EPERM), number, 0)
+        comparisons = (_Comparison * len(where))(*where)
+        library.seccomp_rule_add_array(
+            rules, ctypes.c_uint32(_ERRNO | error), number, len(where), comparisons
+        )
+
+    for name in _REFUSED_CALLS:
+        refuse(name)
+    for name in _ABSENT_CALLS:
+        refuse(name, error=errno.ENOSYS)
+    for name, (argument, values) in _REFUSED_ARGUMENTS.items():
+        for mask, value in values:
+            refuse(name, _Comparison(argument, _MASKED, mask, value))
+    for name in _OWN_ALONE:
+        refuse(name, _Comparison(0, _NOT_EQUAL, os.getpid()))
+    refuse("prlimit64", _Comparison(0, _NOT_EQUAL, 0))
     refused = library.seccomp_load(rules)
     library.seccomp_release(rules)
     if refused:

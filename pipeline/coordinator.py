@@ -3,7 +3,8 @@
 In: the folder of a dataset. Out: the lock, held as long as a `with` block. The lock is a folder that
 holds a file about its owner: `rename` of such a folder fails where a filled one is in its place, so the
 lock appears whole or not at all. Trade-off: nobody can tell whether an owner on another host still
-lives, so such a lock is for a person to remove.
+lives, so such a lock is for a person to remove. So is that of this host before a reboot, or of another
+container: a host name alone does not say that it is the same machine.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from schemas.errors import ConfigError, ManifestError
-from schemas.manifest import MAX_CAPTION_CHARS, SUFFIXES, ManifestRow, RowProblem, parse_row, read_manifest
+from schemas.manifest import MAX_CAPTION_CHARS, ManifestRow, RowProblem, parse_row, read_manifest
+from schemas.manifest_cells import SUFFIXES
 from schemas.store import is_url
 
 VIDEO_SUFFIXES = frozenset(

@@ -9,6 +9,7 @@ a word and stops at the same unit again. `executor.kind = "ray"` survives it and
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,6 +21,7 @@ from pipeline.unit import UnitResult, UnitWorker, result_of
 from schemas.card import Card
 from schemas.config import PreprocessConfig
 from schemas.dataset import Dataset
+from schemas.store import is_url
 
 
 @contextlib.contextmanager
@@ -45,7 +47,9 @@ def open_executor(
         return None if commit is None else result_of(unit, commit)
 
     try:
-        yield Foreman(crew, found=found, note=note, where=config.output)
+        # Shards on their way to an object store are written here.
+        where = tempfile.gettempdir() if is_url(config.output) else config.output
+        yield Foreman(crew, found=found, note=note, where=where)
     finally:
         crew.close()
 

@@ -17,6 +17,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from schemas.adoption import adoption_notes
 from schemas.card import Card, read_card
 from schemas.codec import Tensor, as_float32, encode_sample
 from schemas.dataset import Dataset
@@ -115,8 +117,11 @@ def _meta(row: dict[str, Any], card: Card) -> dict[str, Any]:
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `output` when the block ends well and disappears otherwise.
 
-    ConfigError where `output` is a file or holds anything.
+    ConfigError where `output` is a file or holds anything, or is no local folder.
     """
+    if output.parts and re.fullmatch(r"\w{2,}:", output.parts[0]):
+        raise ConfigError(f"{output}: an export is written to a local folder; copy it there afterwards")
+    output = output.resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists already; name a new folder, or remove it")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,11 +138,13 @@ def new_folder(output: Path) -> Iterator[Path]:
         os.rename(folder, output)
 
 
-def describe(card: Card, *, form: str) -> dict[str, Any]:
-    """What a reader of an export must know, as one JSON value."""
+def describe(dataset: str | Path, card: Card, *, form: str) -> dict[str, Any]:
+    """What a reader of an export must know, as one JSON value; `notes` tells of settings adopted in place of
+    those in `hard`."""
     told = card.model_dump(mode="json")
     names = ("scaling", "geometry", "fingerprint", "hard", "soft")
-    return {"how_to_read": HOW_TO_READ[form], **{name: told[name] for name in names}}
+    notes = {"notes": adoption_notes(dataset)}
+    return {"how_to_read": HOW_TO_READ[form], **{name: told[name] for name in names}, **notes}
 
 
 # ------------------------------------------------------------------------------- webdataset
@@ -172,7 +179,11 @@ def to_webdataset(dataset: str | Path, folder: Path, *, shard_bytes: int) -> Ite
     for entry in written.shards:
         with (folder / entry["name"]).open("rb") as file:
             entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    facts = {**describe(card, form="webdataset"), "samples": written.samples, "shards": written.shards}
+    facts = {
+        **describe(dataset, card, form="webdataset"),
+        "samples": written.samples,
+        "shards": written.shards,
+    }
     (folder / "dataset.json").write_bytes(_json(facts, indent=1))
 
 
@@ -200,7 +211,7 @@ def to_zarr(dataset: str | Path, folder: Path) -> Iterator[Written]:
     except ImportError:
         raise MissingExtraError("zarr", "zarr") from None
     card, written = read_card(dataset), Written()
-    root = zarr.open_group(folder, mode="w", zarr_format=3, attributes=describe(card, form="zarr"))
+    root = zarr.open_group(folder, mode="w", zarr_format=3, attributes=describe(dataset, card, form="zarr"))
     for sample in read_samples(dataset, card):
         group = root.create_group(sample.key, attributes=sample.meta)
         for name, tensor in {**sample.latents, **sample.prompt}.items():

@@ -24,6 +24,7 @@ from pipeline.fetch import Fetcher
 from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess
 from pipeline.source import Source, same_content
 from pipeline.video_encode import VideoEncoder, load_video_encoder, stored_latents
+from schemas.adoption import is_adopted
 from schemas.card import Card
 from schemas.codec import as_float32
 from schemas.config import LimitsConfig, SourcesConfig
@@ -129,7 +130,7 @@ def card_encoder(dataset: str | Path, card: Card) -> VideoEncoder:
     encoder = load_video_encoder(card.settings.video_encoder)
     for field, value in encoder.hard_fields().items():
         made_with = card.hard["latents"].get(f"video_encoder.{field}")
-        if made_with != value:
+        if made_with != value and not is_adopted(dataset, f"video_encoder.{field}", value):
             raise StaleDatasetError(
                 f"{dataset} was encoded with video_encoder.{field} = {made_with!r}, this is {value!r}: "
                 "its latents cannot be decoded here"

@@ -167,8 +167,7 @@ class Foreman:
     def _try_later(self, task: Task, error: Exception) -> None:
         if isinstance(error, LatentpressError):
             raise error
-        starved = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
-        if not starved and not isinstance(error, OSError):
+        if not _is_starved(error) and not isinstance(error, OSError):
             raise error
         self._failures[_key(task)] += 1
         count = self._failures[_key(task)]
@@ -182,7 +181,8 @@ class Foreman:
         while lost and lost[0].row is None and (result := self._found(lost[0].unit)) is not None:
             lost.popleft()  # committed: only its answer was lost
             yield result
-        culprit = lost.popleft() if lost else None
+        # Where the first was committed, whether the next had begun is not known.
+        culprit = lost.popleft() if len(lost) == len(death.held) > 0 else None
         self._todo.extendleft(reversed(lost))
         over = culprit.name if culprit else "nothing: it was starting or idle"
         self._note("worker_died", f"worker {death.worker}, over {over}: {death.why}")
@@ -240,6 +240,7 @@ class Foreman:
             self._todo.appendleft(Task(trial.unit, condemned=trial.condemned))
 
 
+_TORCH_STARVED = "can't allocate memory"
 _LOWER = "Out of memory is the usual cause; lower executor.workers, limits.memory_bytes or the buckets"
 
 
@@ -247,9 +248,20 @@ def _key(task: Task) -> tuple[int, str | None]:
     return task.unit.number, task.row
 
 
+def _is_starved(error: BaseException) -> bool:
+    """Whether memory ran out, as Python, the kernel or torch say it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and _TORCH_STARVED in str(error))
+    )
+
+
 def stopped(what: str, error: BaseException, *, where: str = "") -> RunError:
     """The sentence a run ends with over an error that is no clip's fault."""
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError) or _is_starved(error):
         return RunError(f"{what}: {error or type(error).__name__}. {_LOWER}. {RESUMES}")
     place = error.filename or where
     cause = STOPS_AT_ONCE.get(error.errno or 0) or error.strerror or str(error)

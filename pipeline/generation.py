@@ -7,13 +7,14 @@ rows are described when an executor takes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
 
 from pipeline.changes import Changes, find_changes
+from pipeline.clip import Placed
 from pipeline.commit import commit_once
 from pipeline.source import Source
 from pipeline.survey import survey
@@ -32,6 +33,9 @@ _FIELDS: dict[Family, tuple[str, ...]] = {
 }
 
 
+Look = Callable[[Iterable[ManifestRow], PreprocessConfig], Iterable[tuple[ManifestRow, Placed | ClipError]]]
+
+
 def known_sources(history: History) -> dict[tuple[str, int, int], str]:
     """(path, size, mtime_ns) -> digest of every file any generation saw."""
     path, size, mtime, digest = (
@@ -41,13 +45,18 @@ def known_sources(history: History) -> dict[tuple[str, int, int], str]:
 
 
 def split_into_clips(
-    rows: Sequence[ManifestRow], config: PreprocessConfig, *, history: History, sources: Mapping[str, Source]
+    rows: Sequence[ManifestRow],
+    config: PreprocessConfig,
+    *,
+    history: History,
+    sources: Mapping[str, Source],
+    look: Look | None = None,
 ) -> list[ManifestRow]:
     """One row per clip, where `frames.clips` makes several of a row.
 
     How many there are depends on the file alone, so a file and window that the dataset knows keep their
-    number; the others are looked at. A row that cannot be placed stays one, its unit will say why, and is
-    looked at again the next time.
+    number; the others are looked at (`look`, `survey` by default). A row that cannot be placed stays one,
+    its unit will say why, and is looked at again the next time.
     """
     if config.frames.clips == "head":
         return list(rows)
@@ -58,7 +67,7 @@ def split_into_clips(
         return (sources[row.path].digest, row.start_s, row.end_s)
 
     new = {key(row): row for row in rows if not known.get(key(row))}
-    for row, found in survey(new.values(), config):
+    for row, found in (look or survey)(new.values(), config):
         known[key(row)] = 0 if isinstance(found, ClipError) else found.num_clips
     return [
         replace(row, clip=clip, clips=known[key(row)])
@@ -98,18 +107,17 @@ class Unit:
     family: Family
     number: int
     rows: tuple[dict[str, Any], ...]
-    """Each a key, whether it is `live` (still asked for) and a caption, or the source and its window."""
+    """Each a key and a caption, or the source and its window."""
 
 
 class Units(Sequence[Unit]):
     """Units in order, each described when it is taken, so that the driver never holds the rows of all."""
 
     def __init__(self, history: History, family: Family, held: Held, wanted: np.ndarray) -> None:
-        rows = np.flatnonzero(np.isin(held.unit, wanted))
+        rows = np.flatnonzero(held.live & np.isin(held.unit, wanted))
         self.family, self.num_rows = family, len(rows)
         self.numbers, starts = np.unique(held.unit[rows], return_index=True)
         self._bounds = np.append(starts, len(rows))
-        self._live = held.live[rows]
         table = history.table.select([KEY[family], *_FIELDS[family]])
         self._table = table.take(held.row[rows]).combine_chunks()
 
@@ -126,19 +134,15 @@ class Units(Sequence[Unit]):
         index = range(len(self))[index]
         start, stop = self._bounds[index : index + 2].tolist()
         rows = self._table.slice(start, stop - start).to_pylist()
-        live = self._live[start:stop].tolist()
-        described = [
-            {"key": row.pop(KEY[self.family]), "live": alive, **row}
-            for row, alive in zip(rows, live, strict=True)
-        ]
+        described = [{"key": row.pop(KEY[self.family]), **row} for row in rows]
         return Unit(self.family, int(self.numbers[index]), tuple(described))
 
 
 def pending_units(dataset: Dataset, family: Family, history: History | None = None) -> Units:
     """Units that hold live rows and have no commit record yet, in order.
 
-    A unit's rows are all keys that belong to it, also those no longer asked for (not `live`): what a
-    unit holds depends on when it runs only where a removed row's file is gone too.
+    A unit's rows are the live ones of those that belong to it. A row that is removed when its unit runs is
+    not in it; if it is asked for again, it gets a place in another unit.
     """
     history = history or dataset.history()
     held = history.held(family)

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import platform
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from pipeline.fetch import Fetcher
 from pipeline.foreman import stopped
 from pipeline.generation import Units, add_generation, known_sources, pending_units, split_into_clips
 from pipeline.outlook import outlook
-from pipeline.progress import EARLY_STOP_ROWS, EarlyStop, Tally, gated_failures, open_log, track
+from pipeline.progress import EARLY_STOP_ROWS, EarlyStop, Tally, gated_failures, open_log, say, track
 from pipeline.reindex import TableCounts, update_tables
 from pipeline.source import identify
 from pipeline.text_encode import load_text_encoder
@@ -38,6 +37,7 @@ from schemas.card import Card, card_bytes, card_path, hard_differences, make_car
 from schemas.config import PreprocessConfig
 from schemas.dataset import Dataset
 from schemas.errors import ManifestError, RunError, StaleDatasetError
+from schemas.history import History
 from schemas.load import config_digest, resolved_toml
 from schemas.manifest import ManifestRow, RowProblem, read_manifest, split_rows
 from schemas.sample import Family
@@ -72,24 +72,30 @@ def preprocess(config: PreprocessConfig, *, adopt: bool = False) -> tuple[dict[s
         known = known_sources(before)
         fetcher = Fetcher(config.sources, config.limits)
         paths = [row.path for row in rows]
-        sources = identify(paths, mode=config.identity, known=known, fetcher=fetcher)
+        sources = identify(paths, mode=config.identity, known=known, limits=config.limits, fetcher=fetcher)
         clips = split_into_clips(rows, config, history=before, sources=sources)
         history, changes = add_generation(
             dataset, card, rows=clips, sources=sources, unit_rows=config.units.rows, history=before
         )
-        _say(str(outlook(dataset, changes, rows=len(rows), before=before, after=history)))
+        say(str(outlook(dataset, changes, rows=len(rows), before=before, after=history)))
 
         # Prompts first, in their own pass over unique captions; then latents, one worker per unit.
         pending: dict[Family, Units] = {
             "prompts": pending_units(dataset, "prompts", history),
             "latents": pending_units(dataset, "latents", history),
         }
-        run = run_units(dataset, config, card, pending, committing) if any(pending.values()) else None
+        run = None
+        if any(pending.values()) or history.generations > before.generations:
+            folder = begin_run(dataset, config)
+        if any(pending.values()):
+            run = run_units(dataset, config, card, pending, committing, folder=folder, history=history)
 
         # The tables follow from commit records alone; what another run asked for meanwhile counts too.
-        have = update_tables(dataset, card, dataset.history(history))
+        after = dataset.history(history)
+        have = update_tables(dataset, card, after)
         asked = {"rows": len(rows), "clips": len(clips)}
         summary = summarize(dataset, config, card, asked=asked, have=have, run=run)
+        summary["asked_meanwhile"] = after.generations > history.generations
         replace(dataset.summary_path, (json.dumps(summary, indent=1) + "\n").encode())
     if run and run["stopped"]:
         raise RunError(run["stopped"])
@@ -172,10 +178,10 @@ def settle_card(dataset: Dataset, want: Card, *, adopt: bool) -> Card:
             raise RunError(f"another run adopted settings for {dataset.root} just now; run this again")
     refuse_stale(dataset.root, have=have, want=want)
     if adopted := hard_differences(have, want):
-        _say(f"note: settings adopted in place of the dataset's:\n{difference_lines(adopted)}")
+        say(f"note: settings adopted in place of the dataset's:\n{difference_lines(adopted)}")
     for name, version in want.soft.items():
         if have.soft.get(name) != version:
-            _say(f"note: {name} is {version}, the dataset was begun with {have.soft.get(name)}")
+            say(f"note: {name} is {version}, the dataset was begun with {have.soft.get(name)}")
     return have
 
 
@@ -185,12 +191,12 @@ def run_units(
     card: Card,
     pending: dict[Family, Units],
     committing: Committing,
+    *,
+    folder: Path,
+    history: History,
 ) -> dict[str, Any]:
     """Run the pending units of both families; rates, seconds and protections of this run, and under
     `stopped` the sentence it was stopped with, if it was."""
-    folder = dataset.runs / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
-    make_folder(folder)
-    replace(folder / "config.toml", resolved_toml(config).encode())
     run: dict[str, Any] = {"stopped": None, "sandbox": {}}
     incidents: Counter[str] = Counter()
     with open_log(folder) as log:
@@ -204,7 +210,11 @@ def run_units(
             for family, units in pending.items():
                 incidents.clear()
                 tally = Tally(family, total=units.num_rows, incidents=incidents)
-                early = EarlyStop(*committed_before(dataset, family), allowed=config.quarantine.max_rate)
+                counts = committed_before(dataset, family, history)
+                early = EarlyStop(*counts, allowed=config.quarantine.max_rate)
+                run["stopped"] = early.verdict() if units else None
+                if run["stopped"]:
+                    break
                 for result in track(executor.run(units), tally):
                     if result.uncommitted is not None:
                         path = dataset.commit_path(family, result.unit)
@@ -212,7 +222,8 @@ def run_units(
                         commit_once(path, result.uncommitted)
                     log(result.facts())
                     run["sandbox"].update(result.protections)
-                    run["stopped"] = early.verdict(result)
+                    early.add(result)
+                    run["stopped"] = early.verdict()
                     if run["stopped"]:
                         break
                 if units:
@@ -222,14 +233,23 @@ def run_units(
     return run
 
 
-def committed_before(dataset: Dataset, family: Family) -> tuple[int, Counter[str]]:
-    """Kept and failed clips of earlier runs, where these were too few to be judged; else none."""
-    kept, reasons = 0, Counter[str]()
+def begin_run(dataset: Dataset, config: PreprocessConfig) -> Path:
+    """The folder of this run, with the config that repeats it from any working folder."""
+    folder = dataset.runs / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
+    make_folder(folder)
+    repeatable = config.model_copy(update={"manifest": absolute(config.manifest)})
+    replace(folder / "config.toml", resolved_toml(repeatable).encode())
+    return folder
+
+
+def committed_before(dataset: Dataset, family: Family, history: History) -> tuple[int, Counter[str]]:
+    """Clips that earlier runs kept and failed, of the first EARLY_STOP_ROWS; not those to be tried again."""
+    kept, reasons, moved = 0, Counter[str](), history.earlier_units()
     for commit in dataset.commits(family, dataset.finished()[family][:EARLY_STOP_ROWS].tolist()):
         kept += len(commit.samples)
-        reasons.update(failure.reason for failure in commit.quarantined)
+        reasons.update(f.reason for f in commit.quarantined if commit.unit not in moved.get(f.key, ()))
         if kept + reasons.total() >= EARLY_STOP_ROWS:
-            return 0, Counter()
+            break
     return kept, reasons
 
 
@@ -243,13 +263,14 @@ def summarize(
     run: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """`summary.json`: the dataset as it stands, and the last run that had work to do."""
-    if run is None and dataset.summary_path.exists():
-        run = json.loads(dataset.summary_path.read_bytes()).get("last_run")
+    if run is None:
+        run = last_run(dataset)
+    clips = max(1, asked["clips"], have.kept + have.quarantined)
     return {
         **asked,
         "kept": have.kept,
         "quarantined": have.quarantined,
-        "quarantine_rate": round(gated_failures(have.reasons) / asked["clips"], 4),
+        "quarantine_rate": round(gated_failures(have.reasons) / clips, 4),
         "reasons": dict(have.reasons.most_common()),
         "buckets": dict(have.buckets.most_common()),
         "num_tokens": have.num_tokens,
@@ -261,12 +282,17 @@ def summarize(
     }
 
 
+def last_run(dataset: Dataset) -> dict[str, Any] | None:
+    """What the summary that is there says of the last run; it can be made again, so damage is no error."""
+    try:
+        run: dict[str, Any] | None = json.loads(dataset.summary_path.read_bytes())["last_run"]
+        return run
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

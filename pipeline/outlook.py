@@ -9,8 +9,14 @@ import numpy as np
 
 from pipeline.changes import Changes
 from schemas.dataset import Dataset
-from schemas.history import History
+from schemas.history import KEY, History, positions
 from schemas.sample import Family
+
+_RUNS_FOR: dict[Family, tuple[str, ...]] = {
+    "latents": ("new", "file replaced"),
+    "prompts": ("new", "file replaced", "caption changed"),
+}
+"""Causes that say already that a family of a row runs."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,8 @@ class Outlook:
     """That they make; what follows counts these."""
     new: int
     captions_changed: int
+    captions_stored: int
+    """Of those changed: to one that is stored already, so that nothing runs for it."""
     files_replaced: int
     moved: int
     """Under another path, with the same content and caption: nothing runs."""
@@ -37,7 +45,15 @@ class Outlook:
     def __str__(self) -> str:
         parts = (
             (self.new, "new", "new"),
-            (self.captions_changed, "caption changed: prompts only", "captions changed: prompts only"),
+            (
+                self.captions_changed - self.captions_stored,
+                *(f"{noun} changed: prompts only" for noun in ("caption", "captions")),
+            ),
+            (
+                self.captions_stored,
+                "caption changed to one that is stored: nothing runs",
+                "captions changed to some that are stored: nothing runs",
+            ),
             (self.files_replaced, "file replaced: latents", "files replaced: latents"),
             (self.moved, "moved: nothing runs", "moved: nothing runs"),
             (self.removed, *["removed: hidden, nothing rewritten"] * 2),
@@ -55,8 +71,9 @@ class Outlook:
 
 def outlook(dataset: Dataset, changes: Changes, *, rows: int, before: History, after: History) -> Outlook:
     """What `changes`, which lead from one history to the other, mean."""
-    finished, causes = dataset.finished(), Counter(changes.cause)
-    unfinished = retried = 0
+    finished, cause = dataset.finished(), np.array(changes.cause, object)
+    causes, stored = Counter(changes.cause), np.isin(changes.prompt_unit, finished["prompts"])
+    unfinished, retried = 0, np.zeros(len(changes.cause), bool)
     to_encode: dict[Family, int] = {}
     for family in ("latents", "prompts"):
         held = after.held(family)
@@ -65,17 +82,18 @@ def outlook(dataset: Dataset, changes: Changes, *, rows: int, before: History, a
         to_encode[family] = int(here.sum())
         waiting = np.setdiff1d(held.unit[here], held.unit[again])
         unfinished += int((waiting < before.next_unit(family)).sum())
-        if family == "latents":
-            retried = int(np.isin(changes.unit, held.unit[again]).sum())
+        keys = after.table[KEY[family]].take(held.row[again])
+        retried |= (positions(changes.keys[family], among=keys) >= 0) & ~np.isin(cause, _RUNS_FOR[family])
     return Outlook(
         rows=rows,
         clips=len(changes.cause),
         new=causes["new"],
         captions_changed=causes["caption changed"],
+        captions_stored=int((stored & (cause == "caption changed")).sum()),
         files_replaced=causes["file replaced"],
         moved=causes["moved"],
         removed=changes.removed,
-        to_retry=retried,
+        to_retry=int(retried.sum()),
         units_unfinished=unfinished,
         clips_to_encode=to_encode["latents"],
         captions_to_encode=to_encode["prompts"],

@@ -50,7 +50,8 @@ class Tally:
     nbytes: int = 0
     seconds: Counter[str] = field(default_factory=Counter)
     found: int = 0
-    """Of these clips, committed by another driver: they count for no rate."""
+    """Of these clips, found committed, by another driver or a worker whose answer was lost: they count for no
+    rate."""
     incidents: Counter[str] = field(default_factory=Counter)
     """What the foreman reported, by kind."""
     started: float = field(default_factory=time.perf_counter)
@@ -96,7 +97,7 @@ class Tally:
         return {
             "clips": self.done,
             "wall_s": round(self.wall_s, 3),
-            "clips_by_other_drivers": self.found,
+            "clips_found_committed": self.found,
             "incidents": dict(sorted(self.incidents.items())),
             "clips_per_s": round((self.done - self.found) / wall, 3),
             "video_s_per_s": round(self.video_s / wall, 2),
@@ -114,26 +115,38 @@ class EarlyStop:
 
     kept: int
     reasons: Counter[str]
-    """Of earlier runs, where fewer than EARLY_STOP_ROWS were done."""
+    """Of earlier runs, up to the unit that completed EARLY_STOP_ROWS."""
     allowed: float
     """`quarantine.max_rate`; above a half it says that so many failures are expected."""
 
-    def verdict(self, result: UnitResult) -> str | None:
-        """The sentence to stop with, said once, where `result` completes the first EARLY_STOP_ROWS clips."""
-        before = self.kept + self.reasons.total()
-        self.kept += result.kept
-        self.reasons.update(reason for reason, _ in result.failures)
-        done, failed = self.kept + self.reasons.total(), gated_failures(self.reasons)
-        if not before < EARLY_STOP_ROWS <= done or failed <= done * max(0.5, self.allowed):
+    @property
+    def done(self) -> int:
+        return self.kept + self.reasons.total()
+
+    def add(self, result: UnitResult) -> None:
+        """Count a unit, if it is one of the first."""
+        if self.done < EARLY_STOP_ROWS:
+            self.kept += result.kept
+            self.reasons.update(reason for reason, _ in result.failures)
+
+    def verdict(self) -> str | None:
+        """The sentence to stop with, where the first EARLY_STOP_ROWS clips are done and speak against it."""
+        failed = gated_failures(self.reasons)
+        if self.done < EARLY_STOP_ROWS or failed <= self.done * max(0.5, self.allowed):
             return None
         reason, count = self.reasons.most_common(1)[0]
-        example = next((source for _, source in result.failures), "earlier ones")
         return (
-            f"{failed} of the first {done} clips failed, {count} of them with {reason!r} (such as "
-            f"{example}): this looks like a wrong config, so the run stopped. Look at one file with "
-            "`latentpress validate`; if so many failures are expected, raise quarantine.max_rate and run the "
-            "same command again"
+            f"{failed} of the first {self.done} clips failed, {count} of them with {reason!r}: this looks "
+            "like a wrong config, so the run stopped. quarantine.parquet names each; look at one file with "
+            "`latentpress validate`. Once that is mended, `latentpress retry --all` has them tried again; if "
+            "so many failures are expected, raise quarantine.max_rate and run the same command again"
         )
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    """Tell a person; a terminal that is gone or a full disk behind it does not end a run."""
+    with contextlib.suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: int) -> str:
@@ -147,17 +160,17 @@ def track(results: Iterable[UnitResult], tally: Tally) -> Iterator[UnitResult]:
     live = sys.stderr.isatty()
     shown = 0.0
     if live:
-        print(f"\r{tally.label}: starting", end="", file=sys.stderr, flush=True)
+        say(f"\r{tally.label}: starting", end="")
     for result in results:
         tally.add(result)
         if live:
-            print(f"\r\x1b[K{tally.line()}", end="", file=sys.stderr, flush=True)
+            say(f"\r\x1b[K{tally.line()}", end="")
         elif tally.wall_s - shown >= _PLAIN_EVERY_S and tally.done < tally.total:
             shown = tally.wall_s
-            print(tally.line(), file=sys.stderr, flush=True)
+            say(tally.line())
         yield result
     if tally.done:
-        print(f"\r\x1b[K{tally.line()}" if live else tally.line(), file=sys.stderr, flush=True)
+        say(f"\r\x1b[K{tally.line()}" if live else tally.line())
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from typing import Any
 from pipeline.commit import Committing
 from pipeline.crew import Died, Event, Failed, Finished, Ready, Task
 from pipeline.foreman import RESUMES
+from pipeline.progress import say
 from pipeline.unit import UnitWorker
 from schemas.card import Card
 from schemas.config import PreprocessConfig
@@ -102,8 +103,10 @@ class RayCrew:
             waiting = [*self._flying, *self._starting]
             if time.monotonic() - self._checked > _POLL_S:
                 self._require_life()
+            if not waiting:  # everything waits for its next try
+                time.sleep(left)
             try:
-                done, _ = self._ray.wait(waiting, num_returns=1, timeout=left)
+                done, _ = self._ray.wait(waiting, num_returns=1, timeout=left) if waiting else ([], [])
                 if done:
                     return self._event(done[0])
             except self._ray.exceptions.RayError as error:
@@ -179,11 +182,9 @@ class RayCrew:
     def _say_where_it_waits(self) -> None:
         if self._starting and time.monotonic() - self._said > _PLACED_S:
             self._said = time.monotonic()
-            print(
+            say(
                 f"{len(self._starting)} of {self.workers} workers wait for Ray to place {self._wants}; "
-                f"its cluster has {self._has}",
-                file=sys.stderr,
-                flush=True,
+                f"its cluster has {self._has}"
             )
 
     def _addresses(self) -> dict[str, tuple[str, int]]:

@@ -2,9 +2,9 @@
 commit records are read.
 
 In: the tables as they are, the live rows, the list of finished units. Out: the tables as they would be if
-made from commit records alone. The old tables are sealed, so their bytes are trusted. Nothing is written
-where nothing changed; else the index is copied row group by row group, so memory holds a block of it
-and the columns that rows are told apart by.
+made from commit records alone. The old tables are sealed and name their dataset, so they are trusted. Nothing
+is written where nothing changed; else the index is copied row group by row group, so memory holds a block
+of it and the columns that rows are told apart by.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ from schemas.errors import DatasetError
 from schemas.history import History, column_numbers, positions, row_keys
 from schemas.index import QUARANTINE_SCHEMA, index_schema, read_index, read_quarantine
 from schemas.resolve import BLOCK_ROWS, CommitReader
-from schemas.tables import SealedWriter, open_sealed, read_sealed, sealed_parquet
+from schemas.sample import Family
+from schemas.tables import SealedWriter, open_sealed, read_sealed, seal_of, sealed_parquet
 
 _KEY = ("path", "start_s", "end_s", "clip", "caption")
 _HELD = ("sample_id", "unit", "source")
 _INDEX_HELD = (*_HELD, "prompt_unit", "extra")
+_DATASET = b"latentpress.dataset"
+"""In the metadata of both tables: the seal of the dataset's first generation."""
+_ROUNDS = 3
+"""Most that the tables are made in one call, while another driver works on."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +50,55 @@ class TableCounts:
 
 
 def update_tables(dataset: Dataset, card: Card, history: History | None = None) -> TableCounts:
-    """Write both tables where they differ from what is committed and asked for; what they hold then."""
+    """Write both tables where they differ from what is committed and asked for; what they hold then.
+
+    Another driver may have written newer ones while these were made; its commits and generations were there
+    before, so they are looked at once more, a few times where it is still at work.
+    """
     history = history or dataset.history()
-    finished = dataset.finished()
+    for _ in range(_ROUNDS):
+        finished = dataset.finished()
+        if not _write_tables(dataset, card, history, finished):
+            break
+        seen, history = history, dataset.history(history)
+        now = dataset.finished()
+        if history is seen and all(np.array_equal(now[family], finished[family]) for family in now):
+            break
+    return _counts(dataset)
+
+
+def _write_tables(dataset: Dataset, card: Card, history: History, finished: dict[Family, np.ndarray]) -> bool:
+    """Whether there was anything to write."""
     live = history.live_table([*_KEY, *_INDEX_HELD])
     latents_done = np.isin(column_numbers(live, "unit"), finished["latents"])
     prompts_done = np.isin(column_numbers(live, "prompt_unit"), finished["prompts"])
 
-    index = _OldIndex(dataset.index_path, index_schema(card))
-    failures = _old_table(dataset.quarantine_path, QUARANTINE_SCHEMA)
+    # Of a dataset of the same rows the index would fit line by line, and name other shards.
+    seal = seal_of(dataset.generation_path(0)) if history.generations else ""
+    schema, failed_schema = (
+        schema.with_metadata({_DATASET: seal}) for schema in (index_schema(card), QUARANTINE_SCHEMA)
+    )
+    index = _OldIndex(dataset.index_path, schema)
+    old = _old_table(dataset.quarantine_path, failed_schema)
+    failures = failed_schema.empty_table() if old is None else old
     indexed = np.where(latents_done & prompts_done, _places(live, index.rows, _INDEX_HELD), -1)
     failed = np.where(latents_done, _places(live, failures, _HELD), -1)
     todo = latents_done & (indexed < 0) & (failed < 0)
 
-    new = QUARANTINE_SCHEMA.empty_table(), np.empty(0, np.int64)
+    new, wrote = (QUARANTINE_SCHEMA.empty_table(), np.empty(0, np.int64)), False
     if index.missing or todo.any() or (indexed >= 0).sum() < index.rows.num_rows:
         reader = CommitReader(dataset, card, history, rows=history.live[todo])
-        new = _write_index(dataset.index_path, index, indexed, reader=reader, live=history.live, todo=todo)
+        new = _write_index(
+            dataset.index_path, index, indexed, schema, reader=reader, live=history.live, todo=todo
+        )
+        wrote = True
     copied = np.flatnonzero(failed >= 0)
-    if not dataset.quarantine_path.exists() or len(new[1]) or len(copied) < failures.num_rows:
-        table = pa.concat_tables([failures.take(failed[copied]), new[0]])
+    if old is None or len(new[1]) or len(copied) < failures.num_rows:
+        table = pa.concat_tables([failed_schema.empty_table(), failures.take(failed[copied]), new[0]])
         order = np.argsort(np.concatenate([copied, new[1]]))
         replace(dataset.quarantine_path, sealed_parquet(table.take(order)))
-    return _counts(dataset)
+        wrote = True
+    return wrote
 
 
 class _OldIndex:
@@ -77,7 +108,7 @@ class _OldIndex:
         columns = [*_KEY, *_INDEX_HELD]
         try:
             self._file = open_sealed(path, remedy="")
-            self.missing = not self._file.schema_arrow.equals(schema)
+            self.missing = not _is_ours(self._file.schema_arrow, schema)
         except (FileNotFoundError, DatasetError):
             self.missing = True
         self.rows = schema.empty_table() if self.missing else self._file.read(columns=columns)
@@ -98,13 +129,18 @@ class _OldIndex:
         return self._last[1]
 
 
-def _old_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """A table that can be made again; empty where there is none that can be used."""
+def _old_table(path: Path, schema: pa.Schema) -> pa.Table | None:
+    """A table that can be made again; None where there is none that can be used."""
     try:
         table = read_sealed(path, remedy="")
     except (FileNotFoundError, DatasetError):
-        return schema.empty_table()
-    return table if table.schema.equals(schema) else schema.empty_table()
+        return None
+    return table if _is_ours(table.schema, schema) else None
+
+
+def _is_ours(found: pa.Schema, schema: pa.Schema) -> bool:
+    """Whether a table has these columns and is of this dataset."""
+    return found.equals(schema) and (found.metadata or {}).get(_DATASET) == schema.metadata[_DATASET]
 
 
 def _places(live: pa.Table, old: pa.Table, held: Sequence[str]) -> np.ndarray:
@@ -122,6 +158,7 @@ def _write_index(
     path: Path,
     old: _OldIndex,
     indexed: np.ndarray,
+    schema: pa.Schema,
     *,
     reader: CommitReader,
     live: np.ndarray,
@@ -132,7 +169,7 @@ def _write_index(
     temp = temp_path(path.parent)
     try:
         with temp.open("x+b") as file:
-            with SealedWriter(file, reader.schema) as writer:
+            with SealedWriter(file, schema) as writer:
                 for start in range(0, len(live), BLOCK_ROWS):
                     block = np.arange(start, min(start + BLOCK_ROWS, len(live)))
                     copied, fresh = block[indexed[block] >= 0], block[todo[block]]

@@ -8,11 +8,15 @@ a new child, and fails as `decoder_crash` if it does so again; one that takes to
 and one over whose decoding our own code stumbles as `internal`. What the kernel here cannot enforce is
 said once, on stderr, and stops nothing.
 
+A file can also take its decoder over. What the child says is a claim then (`pipeline.child_answers`), and one
+that cannot be counts as a crash; but what it does to its own memory, the slots among it, is not seen.
+
 F frames, H, W pixels of the bucket.
 """
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import math
 import mmap
@@ -26,8 +30,24 @@ from typing import Any, Self
 
 import numpy as np
 
+from pipeline.child_answers import (
+    BEGUN,
+    DECODED,
+    PLACED,
+    READY,
+    Answer,
+    BadAnswer,
+    DecodedAnswer,
+    Failed,
+    Fatal,
+    PlacedAnswer,
+    Ready,
+    check_decoded,
+    check_placed,
+    parse,
+)
 from pipeline.child_process import START_TIMEOUT_S, ChildProcess
-from pipeline.clip import ClipInfo, ClipRecord, Decoded, Placed
+from pipeline.clip import ClipRecord, Placed
 from pipeline.confine import NOT_ENFORCED
 from schemas.config import (
     BucketConfig,
@@ -42,6 +62,9 @@ from schemas.errors import ClipError, RunError
 
 MAX_STARTS = 3
 """A child that is killed while it starts is started this often: it has not seen a file yet."""
+BEGIN_S = 1.0
+"""Of grace for a child to take up its next clip, before the clip's clock runs."""
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PICTURE, _DECODE = PictureConfig(), DecodeConfig()
 
 
@@ -89,12 +112,21 @@ class _Job:
     def __init__(self, number: int, request: DecodeRequest, *, is_placing: bool, full: bool = False) -> None:
         self.number, self.request, self.is_placing, self.full = number, request, is_placing, full
         self.slot: int | None = None
-        self.started = 0.0
+        self.sent = self.started = 0.0
+        self.begun = False
+        """Whether the child said that it took it up."""
         self.crashes = 0
-        self.answer: dict[str, Any] | None = None
+        self.asked = self.fatal = False
+        """Whether a new child was asked if it may open the file; whether one said that the run must stop."""
+        self.answer: Answer | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether a child gets it new, and nothing beside it."""
+        return self.crashes > 0 or self.fatal
 
     def fail(self, reason: str, message: str) -> None:
-        self.answer = {"error": reason, "message": message}
+        self.answer = Failed(id=self.number, error=reason, message=message)
 
 
 def decode_settings(config: PreprocessConfig) -> dict[str, Any]:
@@ -125,10 +157,13 @@ class DecoderProcess:
         """`slots`: clips held at once, being decoded or in the caller's hands. `program`: what the child's
         interpreter runs."""
         self._limits, self._program = limits, tuple(program)
+        self._frames, self._buckets = frames, tuple(buckets)
         slot_bytes = max(bucket.num_frames * bucket.height * bucket.width * 3 for bucket in buckets)
-        self._slot_fds = [os.memfd_create("latentpress-frames") for _ in range(slots)]
+        kind = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        self._slot_fds = [os.memfd_create("latentpress-frames", kind) for _ in range(slots)]
         for fd in self._slot_fds:
             os.ftruncate(fd, slot_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # reading past the end of a file ends the reader
         self._slots = [np.frombuffer(mmap.mmap(fd, slot_bytes), np.uint8) for fd in self._slot_fds]
         self._setup = {
             "frames": frames.model_dump_json(),
@@ -141,6 +176,7 @@ class DecoderProcess:
             "slot_bytes": slot_bytes,
             "parent": os.getpid(),
             "keep_root": False,
+            "ask": None,
         }
         self._failed_starts = 0
         self.protections: dict[str, str] = {}
@@ -184,12 +220,12 @@ class DecoderProcess:
         answer = self._finish(job)
         slot = job.slot
         assert slot is not None
-        shape: list[int] = answer["shape"]
+        assert isinstance(answer, DecodedAnswer)
         return Clip(
-            self._slots[slot][: math.prod(shape)].reshape(shape),
-            answer["bucket"],
-            ClipRecord(**answer["record"]),
-            decode_s=answer["decode_s"],
+            self._slots[slot][: math.prod(answer.shape)].reshape(answer.shape),
+            answer.bucket,
+            answer.record,
+            decode_s=answer.decode_s,
             release=lambda: self._free.append(slot),
         )
 
@@ -198,11 +234,11 @@ class DecoderProcess:
         its window; ClipError where nothing would. `request.clip` plays no part."""
         job = _Job(next(self._numbers), request, is_placing=True, full=full)
         self._waiting.append(job)
-        placed: dict[str, Any] = self._finish(job)["placed"]
-        info, decoded = ClipInfo(**placed["info"]), placed["decoded"]
-        return Placed(**placed | {"info": info, "decoded": decoded and Decoded(**decoded)})
+        answer = self._finish(job)
+        assert isinstance(answer, PlacedAnswer)
+        return answer.placed
 
-    def _finish(self, job: _Job) -> dict[str, Any]:
+    def _finish(self, job: _Job) -> Answer:
         """Run the child until `job` is answered; raise what the answer says."""
         while job.answer is None:
             self._feed()
@@ -213,16 +249,16 @@ class DecoderProcess:
                 )
             self._listen()
         self._feed()
-        if "error" in job.answer:
-            raise ClipError(job.answer["error"], job.answer["message"], attempts=min(2, job.crashes + 1))
-        if "fatal" in job.answer:
-            raise RunError(f"{job.request.path}: {job.answer['fatal']}")
+        if isinstance(job.answer, Failed):
+            raise ClipError(job.answer.error, job.answer.message, attempts=min(2, job.crashes + 1))
+        if isinstance(job.answer, Fatal):
+            raise RunError(f"{job.request.path}: {job.answer.fatal}")
         return job.answer
 
     def _feed(self) -> None:
         """Give the child what it can take: one more job per free slot, a retried one alone."""
         for job in list(self._waiting):
-            if self._sent and (job.crashes or self._sent[0].crashes):
+            if self._sent and (job.is_alone or self._sent[0].is_alone):
                 return
             if not job.is_placing:
                 if not self._free:
@@ -232,57 +268,99 @@ class DecoderProcess:
             if self._child is None:
                 self._child = ChildProcess(self._program, self._setup, keep_open=self._slot_fds)
             self._sent.append(job)
-            job.started = time.monotonic()
+            job.sent = job.started = time.monotonic()
+            job.begun = False
             self._child.send({"id": job.number, "slot": job.slot, "full": job.full, **asdict(job.request)})
 
     def _listen(self) -> None:
-        """Take one line from the child, or deal with its death or its slowness."""
+        """Take one line from the child, or deal with its death, its slowness or its lies."""
         assert self._child is not None
         job = self._sent[0]
         timeout_s = self._limits.clip_timeout_s
         try:
-            message = self._child.receive(job.started + timeout_s)
+            line = self._child.receive(job.started + timeout_s)
+            if line is not None:
+                self._heed(job, line)
+                return
+            died = None
         except TimeoutError:
             if not self._child.ready:
                 raise RunError(f"the decoder process is not ready after {START_TIMEOUT_S} s") from None
             job.fail("timeout", f"decoding took more than limits.clip_timeout_s = {timeout_s} s")
             self._retire()
             return
-        if message is None and not self._child.ready:
+        except BadAnswer as error:
+            died = str(error)
+        if not self._child.ready:
             self._failed_starts += 1
-            if not self._child.was_killed or self._failed_starts == MAX_STARTS:
-                raise RunError(f"the decoder process does not start: {self._child.epitaph()}")
-            self._retire()
-            return
-        if message is None:
+            if died or not self._child.was_killed or self._failed_starts == MAX_STARTS:
+                raise RunError(f"the decoder process does not start: {died or self._child.epitaph()}")
+        else:
             job.crashes += 1
-            died = self._child.epitaph()
             if job.crashes > 1:
+                died = died or self._child.epitaph()
                 job.fail("decoder_crash", f"the decoder died twice, the second time alone: {died}")
+        self._retire()
+
+    def _heed(self, job: _Job, line: bytes) -> None:
+        """Do what a line of the child asks for; BadAnswer where it is not one that is due."""
+        assert self._child is not None
+        if not self._child.ready:
+            self._welcome(job, parse(line, READY))
+        elif not job.begun:
+            at = parse(line, BEGUN).at
+            if not job.sent <= at <= time.monotonic():
+                raise BadAnswer("an impossible time")
+            job.begun, job.started = True, min(at, job.started + BEGIN_S)
+        else:
+            self._accept(job, parse(line, PLACED if job.is_placing else DECODED))
+
+    def _welcome(self, job: _Job, ready: Ready) -> None:
+        """A child has started, and has not seen a file: what it says of itself is so."""
+        assert self._child is not None
+        self._child.ready, job.started = True, ready.at
+        self._failed_starts = 0
+        self.protections = ready.protections
+        _tell_once({k: v for k, v in self.protections.items() if v.startswith(NOT_ENFORCED)})
+        self._setup["ask"] = None
+        if ready.fatal is not None:
             self._retire()
-        elif "id" not in message:  # the child is ready, or takes up the clip
-            job.started = message["at"]
-            if "protections" in message:
-                self._failed_starts = 0
-                self.protections = message["protections"]
-                _tell_once({k: v for k, v in self.protections.items() if v.startswith(NOT_ENFORCED)})
-        elif message.get("denied") and self._may_keep_root(job.request.path):
+            raise RunError(ready.fatal)
+        if ready.denied:
             self._setup["keep_root"] = True
             self._retire()
-        else:
-            self._sent.popleft()
-            job.answer = message
-            if self._sent:
-                self._sent[0].started = time.monotonic()
-            if "shape" not in message:
-                self._give_back(job)
-            if message.get("error") == "limit_memory":
-                self._retire()
 
-    def _may_keep_root(self, path: str) -> bool:
-        """Whether a file that the child may not read is only root's to read: of a mount that trusts no other
-        user, as FUSE and NFS can be."""
-        return not self._setup["keep_root"] and os.geteuid() == 0 and os.access(path, os.R_OK)
+    def _accept(self, job: _Job, answer: Answer) -> None:
+        """Take an answer that can be one to `job`; BadAnswer for another."""
+        if answer.id != job.number:
+            raise BadAnswer("an answer to another request")
+        if isinstance(answer, DecodedAnswer):
+            check_decoded(answer, clip=job.request.clip, buckets=self._buckets)
+        elif isinstance(answer, PlacedAnswer):
+            check_placed(answer.placed, buckets=self._buckets, frames=self._frames, limits=self._limits)
+        elif isinstance(answer, Fatal) and not job.fatal:
+            job.fatal = True  # believed of a new child that is given nothing else
+            self._retire()
+            return
+        elif isinstance(answer, Failed) and answer.denied and self._may_keep_root(job):
+            job.asked, self._setup["ask"] = True, job.request.path
+            self._retire()
+            return
+        self._sent.popleft()
+        job.answer = answer
+        if self._sent:
+            self._sent[0].started = time.monotonic()
+        if not isinstance(answer, DecodedAnswer):
+            self._give_back(job)
+        if isinstance(answer, Failed) and answer.error == "limit_memory":
+            self._retire()
+
+    def _may_keep_root(self, job: _Job) -> bool:
+        """Whether a file that the child says it may not read could be only root's to read: of a mount that
+        trusts no other user, as FUSE and NFS can be. A new child, that has seen no file, is asked then."""
+        if job.asked or self._setup["keep_root"] or os.geteuid() != 0:
+            return False
+        return os.access(job.request.path, os.R_OK)
 
     def _retire(self) -> None:
         """End the child; what it had not answered waits again, in order."""

@@ -58,25 +58,26 @@ def serve(decode: Callable[..., Any] = decode_clip) -> None:
     av.logging.set_level(av.logging.PANIC if settings["decode"].threads == 1 else None)
     gc.collect()
     gc.freeze()  # so that the collections below have next to nothing to look at
-    _send(answers, {"at": time.monotonic(), "protections": protections})
+    ready = {"protections": protections, "fatal": broken, "denied": _is_denied(setup["ask"])}
+    _send(answers, {"at": time.monotonic(), **ready})
     for line in sys.stdin:
         request = json.loads(line)
         _send(answers, {"at": time.monotonic()})
-        _send(answers, {"id": request["id"], **(broken or _answer(request, settings, slots, decode))})
+        _send(answers, {"id": request["id"], **_answer(request, settings, slots, decode)})
         gc.collect()  # pictures whose side data was looked at are in reference cycles
 
 
-def _load_backend(decode: DecodeConfig) -> dict[str, Any]:
-    """Import the library that decodes, while files can still be written; an answer where it does not load."""
+def _load_backend(decode: DecodeConfig) -> str | None:
+    """Import the library that decodes, while files can still be written; why, where it does not load."""
     if decode.backend == "pyav":
-        return {}
+        return None
     from pipeline.backends import load_library
 
     try:
         load_library(decode.backend, device=decode.device)
     except (RunError, ConfigError) as error:
-        return {"fatal": str(error)}
-    return {}
+        return str(error)
+    return None
 
 
 def _answer(
@@ -133,8 +134,10 @@ def _errno(error: BaseException) -> int | None:
     return error.errno if isinstance(error, OSError) else None
 
 
-def _is_denied(path: str) -> bool:
+def _is_denied(path: str | None) -> bool:
     """Whether this process may not open the file."""
+    if path is None:
+        return False
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:

@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.commit import Committing, commit_once, make_folder, publish, temp_path
-from pipeline.object_store import patiently
 from schemas.codec import Tensor, checksum, encode_sample
 from schemas.dataset import Dataset
 from schemas.errors import DatasetError
@@ -138,7 +137,7 @@ class ShardWriter:
         if commit_once(path, record_bytes(record)):
             return record
         self.was_first = False
-        winner = patiently(path, lambda: self._dataset.commit(self._family, self._unit))
+        winner = self._dataset.commit(self._family, self._unit)
         if winner is None:
             raise DatasetError(
                 f"commit record {path} was there a moment ago and is gone; nothing but a person removes "

@@ -205,9 +205,8 @@ class UnitWorker:
         while len(self._decoders) < self._num_decoders:
             settings = decode_settings(self._config)
             self._decoders.append(DecoderProcess(**settings, slots=DECODE_AHEAD))
-        here = (row for row in unit.rows if row["live"] or _is_unchanged(row, self._fetcher))
         fetched = self._fetcher.ahead(
-            ((row, row["path"], _listed(row)) for row in here), files=FETCH_AHEAD * self._num_decoders
+            ((row, row["path"], _listed(row)) for row in unit.rows), files=FETCH_AHEAD * self._num_decoders
         )
         turns = iter(zip(fetched, itertools.cycle(self._decoders), strict=False))
         waiting: deque[tuple[dict[str, Any], Local, DecoderProcess]] = deque()
@@ -216,18 +215,20 @@ class UnitWorker:
                 room = DECODE_AHEAD * self._num_decoders - len(waiting)
                 for (row, local), decoder in itertools.islice(turns, room):
                     waiting.append((row, local, decoder))
-                    _require_unchanged(row)
-                    window = {name: row[name] for name in ("start_s", "end_s", "clip")}
-                    decoder.submit(DecodeRequest(local.path, **window))
+                    if local.failure is None:
+                        _require_unchanged(row)
+                        window = {name: row[name] for name in ("start_s", "end_s", "clip")}
+                        decoder.submit(DecodeRequest(local.path, **window))
                 if not waiting:
                     return
                 row, local, decoder = waiting.popleft()
                 with local, _clock(seconds, "decode_wait"):
                     try:
-                        clip: Clip | ClipError = decoder.result()
+                        clip: Clip | ClipError = local.failure or decoder.result()
                     except ClipError as error:
                         clip = error
-                _require_unchanged(row)
+                if local.failure is None:
+                    _require_unchanged(row)
                 yield row, clip
         finally:
             fetched.close()
@@ -256,11 +257,6 @@ def _without(unit: Unit, keys: Container[str]) -> Unit:
 
 def _listed(row: dict[str, Any]) -> Source:
     return Source(row["source_digest"], row["size"], row["mtime_ns"])
-
-
-def _is_unchanged(row: dict[str, Any], fetcher: Fetcher) -> bool:
-    same = fetcher.is_unchanged if is_url(row["path"]) else same_content
-    return same(row["path"], _listed(row))
 
 
 def _require_unchanged(row: dict[str, Any]) -> None:

@@ -2,22 +2,27 @@
 
 In: the card of a dataset and the one a config asks for. Out: what differs, whether that is on record, or the
 record to write. What is stored keeps its identity, and so do its fingerprints; what runs from then on is
-made with the new settings. So a field that changes shape, type or meaning of the numbers is never adopted.
+made with the new settings. So only fields are adopted of which it can be claimed that the numbers stay.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from schemas.card import Card, hard_differences
 from schemas.errors import DatasetError, StaleDatasetError
 from schemas.load import open_sealed_json, sealed_json
+from schemas.patience import read_bytes
 from schemas.store import location
 
-NEVER = ("identity", "buckets", "scaling", "seed")
-"""With `_NEVER_ENDS`: fields of which one dataset cannot hold two kinds."""
-_NEVER_ENDS = (".kind", ".store", ".dtype", ".max_length", ".padding", ".clips", ".slide_step", ".target_fps")
+_ADOPTABLE = re.compile(
+    r"decode_rules|decode\.(backend|device|threads)"
+    r"|(video|text)_encoder\.(name|(weights|table|tokenizer)(_sha256|_name)?|revision)"
+)
+"""Fields that can change while the numbers stay the same: who decodes, and how weights are named or stored.
+All others decide frames, shape, type or meaning, of which one dataset cannot hold two kinds."""
 Differences = dict[str, tuple[Any, Any]]
 
 
@@ -34,26 +39,43 @@ def read_adoptions(dataset: str | Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     while (path := adoption_path(dataset, len(records))).exists():
         try:
-            records.append(open_sealed_json(path.read_bytes()))
+            records.append(open_sealed_json(read_bytes(path)))
         except (OSError, ValueError) as error:
             raise DatasetError(f"{path} is damaged: {error}; put back a copy of it") from error
     return records
 
 
+def adoption_notes(dataset: str | Path) -> list[str]:
+    """A sentence for every adoption on record."""
+    notes = []
+    for number, record in enumerate(read_adoptions(dataset)):
+        fields = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in record["fields"].items())
+        notes.append(
+            f"{adoption_path(dataset, number).name}: what was encoded since manifest generation "
+            f"{record['generation']} has other settings than the card: {fields}"
+        )
+    return notes
+
+
+def is_adopted(dataset: str | Path, field: str, value: Any) -> bool:
+    """Whether this value of a hard field was taken on."""
+    return any(
+        field in record["fields"] and record["fields"][field][1] == value
+        for record in read_adoptions(dataset)
+    )
+
+
 def unsettled(dataset: str | Path, *, have: Card, want: Card) -> Differences:
     """Field -> (card, config) for every hard field that differs and was not adopted with that value."""
-    adopted = read_adoptions(dataset)
     return {
         field: values
         for field, values in hard_differences(have, want).items()
-        if not any(
-            field in record["fields"] and record["fields"][field][1] == values[1] for record in adopted
-        )
+        if not is_adopted(dataset, field, values[1])
     }
 
 
 def may_be_adopted(field: str) -> bool:
-    return field not in NEVER and not field.endswith(_NEVER_ENDS)
+    return _ADOPTABLE.fullmatch(field) is not None
 
 
 def refuse_stale(dataset: str | Path, *, have: Card, want: Card) -> None:
@@ -95,8 +117,8 @@ def adoption_record(
         return None
     if never := {name: values for name, values in differences.items() if not may_be_adopted(name)}:
         raise StaleDatasetError(
-            f"{dataset}: these settings decide shape, type or meaning of what is stored, and are never "
-            f"adopted:\n{difference_lines(never)}\nset them back, or give another --set output=FOLDER",
+            f"{dataset}: these settings decide frames, shape, type or meaning of what is stored, and are "
+            f"never adopted:\n{difference_lines(never)}\nset them back, or give another --set output=FOLDER",
             differences,
         )
     record = {"fields": {name: list(values) for name, values in differences.items()}, "soft": want.soft}

@@ -27,6 +27,7 @@ from schemas.config import (
 )
 from schemas.errors import DatasetError
 from schemas.load import digest_of, open_sealed_json, sealed_json
+from schemas.patience import read_bytes
 from schemas.sample import FORMAT_VERSION, Family
 from schemas.scaling import Scaling
 from schemas.store import location
@@ -149,7 +150,7 @@ def read_card(dataset: str | Path) -> Card:
     """The card of a dataset; DatasetError where there is none, it is damaged, or of another format."""
     path = card_path(dataset)
     try:
-        tree = open_sealed_json(path.read_bytes())
+        tree = open_sealed_json(read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
         raise DatasetError(f"{dataset} is not a latent dataset: it has no card.json") from None
     except (OSError, ValueError) as error:

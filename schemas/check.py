@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
-from schemas.adoption import adoption_path, read_adoptions
+from schemas.adoption import adoption_notes
 from schemas.card import Card, card_bytes, card_path, read_card
 from schemas.dataset import Dataset
 from schemas.errors import DatasetError
@@ -46,7 +46,7 @@ def check_dataset(
     if card_path(dataset.root).read_bytes() != card_bytes(card):
         verdict.findings.append(Finding("card.json", None, "is not spelled as it was written", None))
     try:
-        verdict.notes += _adopted(dataset)
+        verdict.notes += adoption_notes(dataset.root)
     except DatasetError as error:
         verdict.findings.append(Finding("adopted-*.json", None, str(error), None))
     history = dataset.history()
@@ -73,18 +73,10 @@ def check_dataset(
                 progress(number, len(todo))
     if not verdict.clean:
         verdict.notes.append("index and quarantine are compared with commit records once the rest is clean")
+    tables = mend.rebuilt(dataset.index_path.name, dataset.quarantine_path.name)
     for path, sample, problem in table_problems(dataset, card, history, compare=verdict.clean):
-        verdict.findings.append(Finding(path.name, sample, problem, mend.rebuilt(path.name)))
+        verdict.findings.append(Finding(path.name, sample, problem, tables))
     return verdict
-
-
-def _adopted(dataset: Dataset) -> Iterator[str]:
-    for number, record in enumerate(read_adoptions(dataset.root)):
-        fields = ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in record["fields"].items())
-        yield (
-            f"{adoption_path(dataset.root, number).name}: what was encoded since manifest generation "
-            f"{record['generation']} has other settings than the card: {fields}"
-        )
 
 
 def _missing_generations(dataset: Dataset, history: History) -> Iterator[Finding]:
@@ -107,6 +99,7 @@ class _Asked:
         units = column_numbers(history.table, UNIT[family])
         self._all, self._all_units = _by_unit(added, units)
         self._live, self._live_units = _by_unit(history.live, units)
+        self.next_unit = history.next_unit(family)
         self.wanted_units = np.unique(self._live_units)
         """Those that hold at least one live row."""
 
@@ -147,8 +140,8 @@ def _check_unit(dataset: Dataset, card: Card, asked: _Asked, unit: int, mend: Me
     family, result = asked.family, _UnitResult(asked.family)
     path = dataset.commit_path(family, unit)
     record = path.relative_to(dataset.root).as_posix()
-    # The index goes too: it may have copied what the record said.
-    command = mend.rebuilt(record, dataset.index_path.name)
+    # The tables go too: they may have copied what the record said.
+    command = mend.rebuilt(record, dataset.index_path.name, dataset.quarantine_path.name)
 
     def add(file: str, problems: list[Problem], command: str | None) -> None:
         result.findings += [Finding(file, sample, problem, command) for sample, problem in problems]
@@ -162,17 +155,19 @@ def _check_unit(dataset: Dataset, card: Card, asked: _Asked, unit: int, mend: Me
     if commit is None:
         return result
     result.committed, result.nbytes = True, commit.nbytes
-    result.samples, result.quarantined = len(commit.samples), len(commit.quarantined)
+    if unit >= asked.next_unit:  # nothing is wrong with it, and its record is not to be deleted
+        what = "is of a unit that no manifest generation names, so the newest generations are missing"
+        add(record, [(None, what)], None)
+        return result
+    wanted = asked.wanted(unit)
+    result.samples = sum(sample.key in wanted for sample in commit.samples)
+    result.quarantined = sum(failure.key in wanted for failure in commit.quarantined)  # not those retried
     if not is_exact:
         add(record, [(None, "is not spelled as it was written")], command)
     add(record, _record_problems(commit, card, family, unit), command)
     add(record, _surplus(commit, asked.keys(unit)), command)
     held = {*(s.key for s in commit.samples), *(f.key for f in commit.quarantined)}
-    lost = [
-        (k, f"{source} is neither kept nor quarantined")
-        for k, source in asked.wanted(unit).items()
-        if k not in held
-    ]
+    lost = [(k, f"{source} is neither kept nor quarantined") for k, source in wanted.items() if k not in held]
     add(record, list(lost), mend.rerun)
     if commit.shard is not None:
         add(commit.shard, shard_problems(dataset.root / commit.shard, commit, card), command)

@@ -17,6 +17,7 @@ import pyarrow as pa
 from schemas.errors import DatasetError
 from schemas.history import GENERATION_SCHEMA, History
 from schemas.load import open_sealed_json
+from schemas.patience import read_bytes
 from schemas.sample import Family, UnitCommit, unit_folder, unit_name
 from schemas.store import is_remote, location
 from schemas.tables import read_sealed
@@ -75,7 +76,7 @@ class Dataset:
         """The commit record of a unit; None where it is not done."""
         path = self.commit_path(family, unit)
         try:
-            return UnitCommit.model_validate_json(json.dumps(open_sealed_json(path.read_bytes())))
+            return UnitCommit.model_validate_json(json.dumps(open_sealed_json(read_bytes(path))))
         except FileNotFoundError:
             return None
         except OSError as error:  # which says nothing about the record: it is not to be deleted

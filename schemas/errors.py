@@ -14,7 +14,8 @@ A message says what was expected, what was found and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copyreg
+from collections.abc import Callable, Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -27,6 +28,10 @@ class LatentpressError(Exception):
     """Base of every error this project raises on purpose."""
 
     exit_code = EXIT_FAILED
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...], dict[str, object]]:
+        # Exception's own way is to call the class with the message, which is not what all of them take.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class ConfigError(LatentpressError):

@@ -19,12 +19,14 @@ import pyarrow.compute as pc
 
 from schemas.sample import Family
 
+TEXT = pa.large_string()
+"""Of columns whose values may be long: all rows of a dataset together may hold more than 2 GiB."""
 GENERATION_SCHEMA = pa.schema(
     [
         ("op", pa.string()),  # add | remove
         ("sample_id", pa.string()),
-        ("source", pa.string()),  # as the manifest gave it
-        ("path", pa.string()),  # where it was found
+        ("source", TEXT),  # as the manifest gave it
+        ("path", TEXT),  # where it was found
         ("source_digest", pa.string()),
         ("size", pa.int64()),  # with mtime_ns: says when to read the file again, never what it is
         ("mtime_ns", pa.int64()),
@@ -32,11 +34,11 @@ GENERATION_SCHEMA = pa.schema(
         ("end_s", pa.float64()),
         ("clip", pa.int64()),  # which of the clips of the row, from 0
         ("clips", pa.int64()),  # how many it makes; 0 where the file could not be looked at
-        ("caption", pa.string()),
+        ("caption", TEXT),
         ("caption_digest", pa.string()),
         ("unit", pa.int64()),
         ("prompt_unit", pa.int64()),
-        ("extra", pa.string()),  # other columns of the manifest row, as JSON
+        ("extra", TEXT),  # other columns of the manifest row, as JSON
     ]
 )
 """Columns of a manifest generation: the rows asked for, append-only."""
@@ -49,9 +51,9 @@ _PLACE = ("path", "start_s", "end_s", "clip")
 
 def row_keys(table: pa.Table, *, caption: bool = True) -> pa.ChunkedArray:
     """One string per row that is equal for equal rows; without `caption`, for equal clips of equal paths."""
-    columns = [pc.cast(table[name], pa.string()) for name in (_ROW if caption else _PLACE)]
+    columns = [pc.cast(table[name], TEXT) for name in (_ROW if caption else _PLACE)]
     # No path holds a NUL character, and nothing else can hold one.
-    return pc.binary_join_element_wise(*columns, "\0", null_handling="replace")
+    return pc.binary_join_element_wise(*columns, pa.scalar("\0", TEXT), null_handling="replace")
 
 
 def positions(values: pa.ChunkedArray, *, among: pa.ChunkedArray) -> np.ndarray:
@@ -122,6 +124,13 @@ class History:
         first = _last(codes[added[here]][::-1], added[here][::-1])
         order = np.lexsort((first, unit))
         return Held(unit=unit[order], row=row[order], live=live[order], old=old[order])
+
+    def once_hidden(self, family: Family) -> pa.ChunkedArray:
+        """Keys, each as often as there are such entries, of the entries that are live no more: only these may
+        have been asked for by no row when their unit ran."""
+        hidden = np.ones(self.table.num_rows, bool)
+        hidden[self.live] = False
+        return self.table[KEY[family]].filter(pa.array(hidden))
 
     def earlier_units(self) -> dict[str, list[int]]:
         """sample_id -> the units it was in before the one it belongs to; only of samples that moved."""

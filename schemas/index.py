@@ -17,6 +17,7 @@ from schemas.card import Card
 from schemas.codec import Tensor, checksum, tensor_from
 from schemas.dataset import Dataset
 from schemas.errors import DatasetError
+from schemas.history import TEXT
 from schemas.sample import Family
 from schemas.store import location
 from schemas.tables import read_sealed
@@ -25,18 +26,18 @@ _REMEDY = "delete it and run preprocess again"
 
 QUARANTINE_SCHEMA = pa.schema(
     [
-        ("source", pa.string()),
+        ("source", TEXT),
         ("stage", pa.string()),
         ("reason", pa.string()),
-        ("message", pa.string()),
+        ("message", TEXT),
         ("attempts", pa.int64()),
         ("sample_id", pa.string()),
         ("unit", pa.int64()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("clip", pa.int64()),
-        ("caption", pa.string()),
-        ("path", pa.string()),
+        ("caption", TEXT),
+        ("path", TEXT),
     ]
 )
 """One row per manifest row whose clip failed; `attempts` counts those of every unit it was tried in."""
@@ -56,14 +57,14 @@ def index_schema(card: Card) -> pa.Schema:
             *_tensor_columns(card.latent_tensors),
             ("prompt_unit", pa.int64()),
             *PROMPT_COLUMNS,
-            ("caption", pa.string()),
+            ("caption", TEXT),
             ("caption_digest", pa.string()),
             ("num_frames", pa.int64()),
             ("height", pa.int64()),
             ("width", pa.int64()),
             ("bucket", pa.string()),
-            ("source", pa.string()),
-            ("path", pa.string()),
+            ("source", TEXT),
+            ("path", TEXT),
             ("source_digest", pa.string()),
             ("start_s", pa.float64()),
             ("end_s", pa.float64()),
@@ -77,7 +78,7 @@ def index_schema(card: Card) -> pa.Schema:
             ("num_repaired", pa.int64()),
             ("frame_weights", pa.list_(pa.float32())),
             ("num_tokens", pa.int64()),  # video tokens at a 2 x 2 patch
-            ("extra", pa.string()),
+            ("extra", TEXT),
         ]
     )
 

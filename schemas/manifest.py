@@ -1,49 +1,33 @@
-"""Manifest files -> rows. JSONL, CSV and Parquet, streamed; a bad row is reported, never skipped in silence.
+"""Manifest files -> rows, streamed; a bad row is reported, never skipped in silence.
 
-A manifest may be hostile: memory is bounded whatever it holds. Relative paths resolve against its folder.
-Columns that are not ours are carried through. Whether a video can be read is not asked here: only that the
-row is well-formed, and that its file exists and may be read.
+A manifest may be hostile: memory is bounded whatever it holds (`schemas.manifest_cells`). Relative paths
+resolve against its folder. Columns that are not ours are carried through. Whether a video can be read is not
+asked here: only that the row is well-formed, and that its file exists and may be read.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import re
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from typing import Any
 
 from schemas.config import SourcesConfig
 from schemas.errors import ManifestError
 from schemas.ledger import Ledger
+from schemas.manifest_cells import read_cells
 from schemas.sources import path_problem, url_problem
 from schemas.store import is_url
 
 VIDEO_KEYS = ("video", "video_path", "path", "media_path", "file_name")
 CAPTION_KEYS = ("caption", "text", "cap")
-SUFFIXES = (".jsonl", ".csv", ".parquet")
 MAX_CAPTION_CHARS = 65_536
-_MAX_LINE_CHARS = 1 << 20
-_PACKED = {
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"(\xb5/\xfd": "zstd",
-}
-"""First bytes of compressed files, which are not unpacked: a few may hold more than the disk does."""
-_PARQUET_ROWS = 64
-"""Read at once: one long cell may stand for that many."""
+_SHOWN_CHARS = 80
 _TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
 _ANYWHERE = SourcesConfig()
 
@@ -95,17 +79,12 @@ def read_manifest(path: Path) -> Iterator[ManifestRow | RowProblem]:
         raise ManifestError(
             f"manifest {path} does not exist; make one with `latentpress scan FOLDER -o {path}`"
         )
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix.lower() not in readers:
-        raise ManifestError(f"manifest {path}: expected a file ending in {', '.join(SUFFIXES)}")
-    with path.open("rb") as file:
-        head = file.read(6)
-    for magic, kind in _PACKED.items():
-        if head.startswith(magic):
-            raise ManifestError(f"manifest {path} is a {kind} file; unpack it and give what it holds")
     folder = path.resolve().parent
-    for number, cells in readers[path.suffix.lower()](path):
-        yield cells if isinstance(cells, RowProblem) else parse_row(number, cells, folder=folder)
+    for number, cells in read_cells(path):
+        if isinstance(cells, str):
+            yield RowProblem(number, None, "bad_row", cells)
+        else:
+            yield parse_row(number, cells, folder=folder)
 
 
 def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRow | RowProblem:
@@ -123,7 +102,7 @@ def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRo
     caption_key = _first(cells, CAPTION_KEYS)
     caption = cells.get(caption_key)
     if not isinstance(caption, str) or not caption.strip():
-        found = "no caption" if caption is None else f"caption {caption!r}"
+        found = "no caption" if caption is None else f"caption {_shown(caption)}"
         return problem("no_caption", f"has {found}; expected text in one of {', '.join(CAPTION_KEYS)}")
     if "\0" in caption or not _is_text(caption):
         return problem("bad_caption", "the caption holds a NUL character or is not Unicode text")
@@ -250,106 +229,14 @@ def _seconds(value: Any, name: str) -> float | None:
         return None
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} = {value!r}: expected seconds") from None
+    except (TypeError, ValueError, OverflowError):  # the last of an integer that no float can hold
+        raise ValueError(f"{name} = {_shown(value)}: expected seconds") from None
     if not math.isfinite(seconds) or seconds < 0:
-        raise ValueError(f"{name} = {value!r}: expected seconds from 0")
+        raise ValueError(f"{name} = {_shown(value)}: expected seconds from 0")
     return seconds
 
 
-Cells = tuple[int, dict[str, Any] | RowProblem]
-
-
-def _jsonl(path: Path) -> Iterator[Cells]:
-    # newline="\n": a lone carriage return inside a caption must not split the row.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
-        for number in range(1, sys.maxsize):
-            line = lines.readline(_MAX_LINE_CHARS + 1)
-            if not line:
-                return
-            if len(line) > _MAX_LINE_CHARS:
-                while line and not line.endswith("\n"):
-                    line = lines.readline(_MAX_LINE_CHARS)
-                yield (
-                    number,
-                    RowProblem(number, None, "bad_row", f"is over {_MAX_LINE_CHARS} characters"),
-                )
-                continue
-            if not line.strip():
-                continue
-            yield number, _json_cells(number, line)
-
-
-def _json_cells(number: int, line: str) -> dict[str, Any] | RowProblem:
-    try:
-        line.encode()
-        cells = json.loads(line)
-    except UnicodeEncodeError:
-        return RowProblem(number, None, "bad_row", "is not UTF-8")
-    except (ValueError, RecursionError) as error:
-        return RowProblem(number, None, "bad_row", f"is not JSON: {error}")
-    if not isinstance(cells, dict):
-        return RowProblem(number, None, "bad_row", f"expected a JSON object, found {type(cells).__name__}")
-    return cells
-
-
-def _csv(path: Path) -> Iterator[Cells]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        csv.field_size_limit(_MAX_LINE_CHARS)
-        reader = csv.DictReader(_bounded_lines(path, file), strict=True)
-        try:
-            for cells in reader:
-                if None in cells:
-                    problem = f"has more cells than the header's {len(reader.fieldnames or ())}"
-                    yield reader.line_num, RowProblem(reader.line_num, None, "bad_row", problem)
-                else:
-                    yield reader.line_num, cells
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ManifestError(f"{path}: line {reader.line_num + 1} is not CSV: {error}") from error
-
-
-def _bounded_lines(path: Path, file: TextIO) -> Iterator[str]:
-    for number in range(1, sys.maxsize):
-        line = file.readline(_MAX_LINE_CHARS + 1)
-        if not line:
-            return
-        if len(line) > _MAX_LINE_CHARS:
-            raise ManifestError(f"{path}: line {number} is over {_MAX_LINE_CHARS} characters")
-        yield line
-
-
-def _parquet(path: Path) -> Iterator[Cells]:
-    """Texts are read as dictionaries: a long one that stands in a million rows is then held once."""
-    try:
-        texts = [name for name, kind in _schema(path).items() if pa.types.is_string(kind)]
-        with pq.ParquetFile(path, read_dictionary=texts) as file:
-            _refuse_long_rows(path, file.metadata)
-            number = 0
-            for batch in file.iter_batches(_PARQUET_ROWS):
-                for column in batch.columns:
-                    if pa.types.is_dictionary(column.type):
-                        longest = pc.max(pc.binary_length(column.dictionary)).as_py() or 0
-                        if longest > _MAX_LINE_CHARS:
-                            raise ManifestError(
-                                f"{path}: a text of {longest} bytes; at most {_MAX_LINE_CHARS}"
-                            )
-                for cells in batch.to_pylist():
-                    number += 1
-                    yield number, cells
-    except (pa.ArrowException, OSError) as error:
-        raise ManifestError(f"{path} is not a Parquet file: {error}") from error
-
-
-def _schema(path: Path) -> dict[str, pa.DataType]:
-    schema = pq.read_schema(path)
-    return dict(zip(schema.names, schema.types, strict=True))
-
-
-def _refuse_long_rows(path: Path, metadata: pq.FileMetaData) -> None:
-    """ManifestError where rows unpack to more than a line of JSON may have, before they are unpacked."""
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        if group.total_byte_size > max(group.num_rows, _PARQUET_ROWS) * _MAX_LINE_CHARS:
-            raise ManifestError(
-                f"{path}: {group.num_rows} rows unpack to {group.total_byte_size} bytes; "
-                f"at most {_MAX_LINE_CHARS} bytes a row are taken"
-            )
+def _shown(value: Any) -> str:
+    """A value of a manifest, short enough for a sentence."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."

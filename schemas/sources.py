@@ -12,6 +12,8 @@ from urllib.parse import SplitResult, urlsplit
 from schemas.config import SourcesConfig
 
 _PORTS = {"http": 80, "https": 443}
+_LABEL_CHARS = 63
+"""Of a part of a host name, RFC 1035."""
 
 
 def url_problem(url: str, sources: SourcesConfig) -> str | None:
@@ -32,7 +34,11 @@ def url_problem(url: str, sources: SourcesConfig) -> str | None:
         return "holds a user name or password; they would be stored with the dataset"
     if not all("!" <= character <= "~" for character in url):
         return "holds a character that no URL has; write it as %20 and so on"
-    if not host or not any(_matches(host, pattern.lower()) for pattern in sources.hosts):
+    if any(
+        not 0 < len(label) <= _LABEL_CHARS for label in (parts.hostname or "").removesuffix(".").split(".")
+    ):
+        return f"its host {host!r} is no name: expected parts of 1 to {_LABEL_CHARS} characters between dots"
+    if not any(_matches(host, pattern.lower()) for pattern in sources.hosts):
         return f"its host {host!r} is not in sources.hosts = {list(sources.hosts)}"
     return None
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import DatasetError
+from schemas.patience import read_bytes
 from schemas.store import is_remote
 
 _NAME = b"latentpress.sha256"
@@ -98,10 +99,29 @@ def open_sealed(path: Path, *, remedy: str) -> pq.ParquetFile:
     return _opened(path, pq.ParquetFile, remedy)
 
 
+def seal_of(path: Path) -> str:
+    """What a sealed file says it hashes to; ValueError where it holds no seal. Nothing is checked."""
+    if is_remote(path):
+        return _find_seal(read_bytes(path)[-_CHUNK:])[1].decode()
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, io.SEEK_END) - _CHUNK))
+        return _find_seal(file.read())[1].decode()
+
+
+def _find_seal(tail: bytes) -> tuple[int, bytes]:
+    """Where the entry of the seal begins in the last bytes of a file, and the seal."""
+    at = tail.rfind(_ENTRY)
+    said = tail[at + len(_ENTRY) :][: len(_BLANK)]
+    if at < 0 or len(said) < len(_BLANK):
+        raise ValueError("it holds no seal")
+    return at, said
+
+
 def _opened(path: Path, read: Callable[[pa.NativeFile], Any], remedy: str) -> Any:
     try:
         # Arrow's own files only: it reads from threads that outlive a Python file at the interpreter's end.
-        file = pa.BufferReader(path.read_bytes()) if is_remote(path) else pa.OSFile(str(path))
+        is_plain = not is_remote(path) and str(path).isprintable()  # Arrow takes no name that is not UTF-8
+        file = pa.OSFile(str(path)) if is_plain else pa.BufferReader(read_bytes(path))
         _check_seal(file)
         return read(file)
     except FileNotFoundError:
@@ -112,14 +132,10 @@ def _opened(path: Path, read: Callable[[pa.NativeFile], Any], remedy: str) -> An
 
 def _check_seal(file: pa.NativeFile) -> None:
     """ValueError where the file's bytes are not those that were sealed."""
-    size = file.size()
-    start = max(0, size - _CHUNK)
+    start = max(0, file.size() - _CHUNK)
     file.seek(start)
     tail = file.read()
-    at = tail.rfind(_ENTRY)
-    said = tail[at + len(_ENTRY) :][: len(_BLANK)]
-    if at < 0 or len(said) < len(_BLANK):
-        raise ValueError("it holds no seal")
+    at, said = _find_seal(tail)
     state = hashlib.sha256()
     file.seek(0)
     while start > 0:

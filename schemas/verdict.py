@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from schemas.dataset import Dataset
+from schemas.store import absolute
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ class Mending:
         runs = sorted(dataset.runs.iterdir(), reverse=True) if dataset.runs.exists() else []
         configs = (run / "config.toml" for run in runs)
         config = next((str(path) for path in configs if path.exists()), "CONFIG")
-        self.rerun = shlex.join(["latentpress", "preprocess", config])
-        """With the config of the newest run."""
+        self.rerun = shlex.join(
+            ["latentpress", "preprocess", config, "--set", f"output={absolute(dataset.root)}"]
+        )
+        """With the config of the newest run, on the dataset where it is now: it may have been moved since."""
 
     def rebuilt(self, *names: str) -> str:
         """Delete files of the dataset and let `preprocess` make them again."""

@@ -53,10 +53,11 @@ def plan_events(ground: Ground, seed: int) -> Iterator[Event]:
         ("gcs", 4),
         ("tree", 4),
     ):
-        for _ in range(count):
+        for i in range(count):
             committed = rng.random() < 0.6
             after_s = rng.uniform(0, 0.4) if committed else rng.uniform(0, 4)
-            yield Event("on_ray", {"target": target, "committed": committed, "after_s": after_s})
+            arguments = {"target": target, "committed": committed, "after_s": after_s}
+            yield Event("on_ray", {**arguments, "resume_on_ray": i == 0})
 
     for at in calls:
         for action in ("before", "half", "after") if ground.ops[at].kind == "write" else ("before", "after"):
@@ -83,6 +84,8 @@ def plan_events(ground: Ground, seed: int) -> Iterator[Event]:
         apart_s, kill_after_s = rng.uniform(0, ground.seconds), rng.uniform(0, ground.seconds)
         yield Event("two_drivers", {"apart_s": apart_s})
         yield Event("two_drivers", {"apart_s": apart_s / 2, "kill_after_s": kill_after_s / 2})
+    for at in calls:
+        yield Event("resumed", {"at": at})
     for number, _ in enumerate(power_cuts(ground.ops)):
         yield Event("power_cut", {"number": number})
 

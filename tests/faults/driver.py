@@ -28,6 +28,7 @@ from tests.faults.taps import Op, Plan, Tap
 
 _MARK = "LATENTPRESS_FAULTS"
 """In the environment of everything a driver starts."""
+_RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _END_S = 120.0
 _REPOSITORY = Path(__file__).absolute().parents[2]
 
@@ -110,11 +111,15 @@ class Driver:
                 os.kill(pid, signal.SIGKILL)
 
     def survivors(self, *, within_s: float) -> dict[int, str]:
-        """What of a dead driver's offspring is left after `within_s`."""
+        """What of a dead driver's offspring is left after `within_s`, without Ray's own agents."""
         deadline = time.monotonic() + within_s
-        while (left := self.offspring()) and time.monotonic() < deadline:
+        while (left := self._workers()) and time.monotonic() < deadline:
             time.sleep(0.05)
         return left
+
+    def _workers(self) -> dict[int, str]:
+        """Offspring that touches a dataset. Ray's agents notice a minute later that their node is gone."""
+        return {pid: what for pid, what in self.offspring().items() if not what.startswith(_RAY_AGENTS)}
 
 
 def _marked(mark: str) -> Iterator[tuple[int, str]]:
@@ -122,7 +127,8 @@ def _marked(mark: str) -> Iterator[tuple[int, str]]:
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):  # it ended meanwhile; a zombie has no environment
                 if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                    yield int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                    yield int(entry.name), command.decode().rstrip()
 
 
 def _drive(config: PreprocessConfig, folder: Path, plan: Plan, notes: Path, record: bool, mark: str) -> None:

@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from pipeline.collect import find_orphans, remove
 from schemas.dataset import Dataset
-from tests.faults.disks import State, build
+from tests.faults.disks import Disk, State, build, power_cuts
 from tests.faults.driver import Driver
 from tests.faults.evidence import Reference, files, orphans, removed, torn
 from tests.faults.job import Job
@@ -85,12 +86,12 @@ class Ground:
     def start(self, folder: Path, plan: Plan | None = None, *, ray_workers: int = 0) -> Driver:
         return Driver(self.job.config(folder, ray_workers=ray_workers), plan)
 
-    def settle(self, folder: Path, outcome: Outcome) -> Outcome:
+    def settle(self, folder: Path, outcome: Outcome, *, ray_workers: int = 0) -> Outcome:
         """Look at what is there, run the command again, and hold the result against the undisturbed run."""
         root = folder / "latents"
         outcome.problems += torn(root)
         before = files(root)
-        end = self.start(folder).wait()
+        end = self.start(folder, ray_workers=ray_workers).wait()
         if "summary" not in end:
             outcome.problems.append(f"does not resume: {end}")
             return outcome
@@ -185,7 +186,47 @@ def power_cut(ground: Ground, number: int, state: State) -> Outcome:
     return ground.settle(folder, outcome)
 
 
-def on_ray(ground: Ground, target: Target, *, committed: bool, after_s: float) -> Outcome:
+def resumed(ground: Ground, at: int) -> Outcome:
+    """Death after one call, the same command again, and a power cut at any time of that, or at its end.
+
+    What the dead run did not sync is still unsafe then: the second must not build on it.
+    """
+    op = ground.ops[at]
+    outcome = Outcome("kill, resume, power cut", f"call {at}: {op.kind} {op.path} {op.target}")
+    folder = ground.new_folder()
+    outcome.note_end(ground.start(folder, Plan(at=at, action="after")).wait())
+    outcome.kills = int(outcome.ended == "killed")
+    driver = Driver(ground.job.config(folder), record=True)
+    end = driver.wait()
+    if "summary" not in end:
+        outcome.problems.append(f"does not resume: {end}")
+        return outcome
+    # The dead run's calls are those of the undisturbed one up to there, but for the names of temp files.
+    ops = [*ground.ops[: at + 1], *driver.ops()]
+    for number, state in power_cuts(ops):
+        if number > at + 1:
+            found = list(torn(_built(state, folder) / "latents"))
+            outcome.problems += [f"{problem} (power cut after call {number - 1})" for problem in found]
+    disk = Disk()
+    for op in ops:
+        disk.apply(op)
+    least, *_ = disk.after_power_cut()
+    outcome.problems += ground.reference.differences(_built(least, folder) / "latents")
+    return outcome
+
+
+def _built(state: State, folder: Path) -> Path:
+    """A disk beside `folder`, in place of the last one."""
+    disk = folder.with_name(f"{folder.name}-disk")
+    shutil.rmtree(disk, ignore_errors=True)
+    disk.mkdir()
+    build(state, disk)
+    return disk
+
+
+def on_ray(
+    ground: Ground, target: Target, *, committed: bool, after_s: float, resume_on_ray: bool = False
+) -> Outcome:
     """Death of a Ray process: some time after the actors appear, or after the first latents are committed."""
     outcome = Outcome(
         f"Ray: kill {target}", f"{after_s:.2f} s after {'a commit' if committed else 'the start'}"
@@ -204,7 +245,7 @@ def on_ray(ground: Ground, target: Target, *, committed: bool, after_s: float) -
     _strike(driver, target, outcome)
     outcome.note_end(driver.wait())
     _note_survivors(driver, outcome)
-    return ground.settle(folder, outcome)
+    return ground.settle(folder, outcome, ray_workers=2 if resume_on_ray else 0)
 
 
 @contextlib.contextmanager

@@ -77,6 +77,13 @@ def test_what_a_finished_run_made_survives_a_power_cut(ground: Ground, tmp_path:
     assert not list(ground.reference.differences(tmp_path / "latents"))
 
 
+def test_what_a_resumed_run_made_survives_a_power_cut(ground: Ground) -> None:
+    """Also where the first was killed between the name of a folder, a shard or a record and its fsync."""
+    names = [("mkdir", "latents/latents/00"), ("link", "commits/00/u"), ("rename", ".tar"), ("link", "card")]
+    for at in (the_call(ground, kind, name) for kind, name in names):
+        assert fine(events.resumed(ground, at)).kills
+
+
 def test_a_writer_that_wakes_late_changes_nothing(ground: Ground) -> None:
     """It slept between the name of its shard and its record, and before anything was there."""
     for at in (the_call(ground, "link", "commits/00/u"), the_call(ground, "link", "card.json")):
@@ -102,5 +109,5 @@ def test_a_real_disk_that_is_full_or_read_only(ground: Ground, tmp_path: Path) -
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_actor_costs_nothing(ground: Ground) -> None:
-    outcome = fine(events.on_ray(ground, "actor", committed=False, after_s=1))
+    outcome = fine(events.on_ray(ground, "actor", committed=False, after_s=1, resume_on_ray=True))
     assert (outcome.kills, outcome.ended) == (1, "finished")

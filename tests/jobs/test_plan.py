@@ -143,23 +143,79 @@ def test_a_changed_dataset_is_told_by_cause_in_the_words_of_preprocess(
     }
     assert plan(config, overrides=["resize.mode=pad"], as_json=False) == 2
     said = capsys.readouterr().out
-    assert (
-        "latents: all 4 clips would be encoded anew\n  resize.mode  dataset 'cover_crop', config 'pad'"
-        in said
-    )
-    assert "prompts: the 4 captions stay as they are" in said
-    assert plan(config, overrides=["resize.mode=pad"], as_json=True, adopt=True) == 0
+    assert "latents: 4 clips would be encoded anew\n  resize.mode  dataset 'cover_crop', config 'pad'" in said
+    assert "prompts: 4 captions, not to be encoded again" in said
+    with pytest.raises(StaleDatasetError, match="never adopted"):
+        plan(config, overrides=["resize.mode=pad"], as_json=True, adopt=True)
+    assert plan(config, overrides=["decode.threads=2"], as_json=True, adopt=True) == 0
     assert json.loads(capsys.readouterr().out)["already_done"] == 4
-    padded = load_config(
-        config, PreprocessConfig, overrides=["executor.kind=local", "units.rows=2", "resize.mode=pad"]
+    threaded = load_config(
+        config, PreprocessConfig, overrides=["executor.kind=local", "units.rows=2", "decode.threads=2"]
     )
     with pytest.raises(StaleDatasetError, match="--adopt"):
-        preprocess(padded)
-    summary, ran = preprocess(padded, adopt=True)
+        preprocess(threaded)
+    summary, ran = preprocess(threaded, adopt=True)
     assert not ran
-    assert summary["adopted"] == [{"resize.mode": ["cover_crop", "pad"]}]
-    preprocess(padded)
-    note = (
-        "note: settings adopted in place of the dataset's:\n  resize.mode  dataset 'cover_crop', config 'pad'"
-    )
+    assert summary["adopted"] == [{"decode.threads": [None, 2]}]
+    preprocess(threaded)
+    note = "note: settings adopted in place of the dataset's:\n  decode.threads  dataset None, config 2"
     assert capsys.readouterr().err.count(note) == 2
+
+
+def test_a_renamed_folder_is_told_as_preprocess_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """New files are read where one of their length is asked for no more."""
+    config = dataset_of(tmp_path, ["a", "b"])
+    (tmp_path / "clips").rename(tmp_path / "renamed")
+    make_video(tmp_path / "renamed" / "c.mp4", num_frames=30)
+    ask_for(tmp_path / "renamed", ["a", "b", "c"])
+    assert told_by_both(config, capsys) == "3 rows: 1 new, 2 moved: nothing runs"
+
+
+def test_clips_are_counted_as_preprocess_does_where_a_limit_was_lowered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How many a file makes is known; a limit counts for what is still to be looked at."""
+    config = dataset_of(tmp_path, ["a", "b"], "frames.clips=chunk")
+    low = ["frames.clips=chunk", "limits.max_seconds=0.1"]
+    assert told_by_both(config, capsys, *low) == "2 rows make 3 clips: nothing changed"
+
+
+def test_a_row_of_many_clips_is_stale_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = dataset_of(tmp_path, ["a", "b"], "frames.clips=chunk")
+    ask_for(tmp_path / "clips", ["a", "b"], caption="another")
+    plan(config, overrides=["frames.clips=chunk"], as_json=True)
+    stale = json.loads(capsys.readouterr().out)["stale"]
+    assert [(row["source"], row["runs"]) for row in stale] == [
+        ("clips/a.mp4", "prompts only"),
+        ("clips/b.mp4", "prompts only"),
+    ]
+
+
+def dataset_of(folder: Path, names: list[str], *changes: str) -> Path:
+    """Config of a dataset of short clips, but for the last, which makes two chunks."""
+    (folder / "clips").mkdir()
+    for name in names:
+        make_video(folder / "clips" / f"{name}.mp4", num_frames=40 if name == names[-1] else 20)
+    ask_for(folder / "clips", names)
+    config = folder / "config.toml"
+    config.write_text(CONFIG.format(folder=folder))
+    settings = load_config(config, PreprocessConfig, overrides=["executor.kind=local", *changes])
+    preprocess(settings)
+    return config
+
+
+def ask_for(folder: Path, names: list[str], *, caption: str = "a caption") -> None:
+    rows = [{"video": f"{folder.name}/{name}.mp4", "caption": caption} for name in names]
+    (folder.parent / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def told_by_both(config: Path, capsys: pytest.CaptureFixture[str], *changes: str) -> str:
+    """The sentence of plan, held against that of preprocess."""
+    capsys.readouterr()
+    plan(config, overrides=changes, as_json=False)
+    sentence = capsys.readouterr().out.splitlines()[0]
+    preprocess(load_config(config, PreprocessConfig, overrides=["executor.kind=local", *changes]))
+    assert f"{sentence}\n" in capsys.readouterr().err
+    return sentence

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from jobs.cli import main
 from pipeline import dct
 from pipeline.reindex import update_tables
 from pipeline.shard_writer import ShardWriter
+from schemas.adoption import adoption_record
 from schemas.card import read_card
 from schemas.codec import from_float32
 from schemas.dataset import Dataset
@@ -113,10 +116,82 @@ def test_damage_exits_1_names_the_command_and_compares_nothing(
     out = capsys.readouterr().out
     (config,) = dataset.glob("runs/*/config.toml")
     assert (
-        f"to mend it: rm -f {record} && rm -f {dataset}/index.parquet && latentpress preprocess {config}"
-        in out
+        f"to mend it: rm -f {record} && rm -f {dataset}/index.parquet && rm -f {dataset}/quarantine.parquet "
+        f"&& latentpress preprocess {config} --set output={dataset}\n" in out
     )
     assert "compared" not in out.replace("are compared with commit records", "")
+
+
+def test_a_copy_is_mended_and_its_original_left_alone(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = dataset.parent / "a copy"
+    shutil.copytree(dataset, copy)
+    (copy / "index.parquet").unlink()
+    before = {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()}
+    assert run("verify", copy, "--json", monkeypatch=monkeypatch) == 1
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    rerun = finding["command"].split(" && ")[-1]
+    assert run(*shlex.split(rerun)[1:], monkeypatch=monkeypatch) == 0
+    assert run("verify", copy, monkeypatch=monkeypatch) == 0
+    assert {path: path.read_bytes() for path in dataset.rglob("*") if path.is_file()} == before
+
+
+def test_an_unfinished_dataset_is_not_sampled_but_told_as_such(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (Dataset(dataset).commit_path("latents", 0), dataset / "index.parquet"):
+        path.unlink()
+    assert run("verify", dataset, "--sample", 2, monkeypatch=monkeypatch) == 1
+    out = capsys.readouterr().out
+    assert "1 unit not done yet; to go on: latentpress preprocess" in out
+    assert "1 unit, " in out
+
+
+def test_a_gate_needs_samples(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("verify", dataset, "--min-psnr", 20, monkeypatch=monkeypatch) == 2
+    assert "give --sample N with it" in capsys.readouterr().err
+
+
+def test_adopted_settings_are_told_wherever_the_card_speaks(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the gate, inspect and an export; a sample of other weights can still be decoded."""
+    monkeypatch.chdir(dataset.parent)
+    card = read_card(dataset)
+    latents = {**card.hard["latents"], "video_encoder.table_sha256": "moved"}
+    want = card.model_copy(update={"hard": {**card.hard, "latents": latents}})
+    record = adoption_record(dataset, have=card, want=want, generation=1)
+    assert record is not None
+    record[0].write_bytes(record[1])
+    monkeypatch.setattr(dct, "table_digest", lambda: "moved")
+    assert run("verify", dataset, "--sample", 1, "--json", monkeypatch=monkeypatch) == 0
+    (note,) = json.loads(capsys.readouterr().out)["fidelity"]["notes"]
+    assert "video_encoder.table_sha256" in note
+    assert run("verify", dataset, "--sample", 1, monkeypatch=monkeypatch) == 0
+    assert "settings of the card, and others were adopted since" in capsys.readouterr().out
+    sample = read_index(dataset)["sample_id"][0].as_py()
+    assert run("inspect", dataset, sample, "--json", monkeypatch=monkeypatch) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == [note]
+    assert run("export", dataset, "out", "--format", "webdataset", monkeypatch=monkeypatch) == 0
+    assert json.loads((dataset.parent / "out" / "dataset.json").read_bytes())["notes"] == [note]
+
+
+def test_an_export_goes_to_a_local_folder(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    command = ("export", dataset, "s3://bucket/out", "--format", "webdataset")
+    assert run(*command, monkeypatch=monkeypatch) == 2
+    assert "an export is written to a local folder" in capsys.readouterr().err
+    assert os.listdir(empty) == []
+    assert run("export", dataset, ".", "--format", "webdataset", monkeypatch=monkeypatch) == 0
+    assert sorted(os.listdir(empty)) == ["dataset.json", "samples-000000.tar"]
+    assert sorted(os.listdir(tmp_path)) == ["clips", "empty"]
 
 
 def test_orphans_are_a_note(
@@ -126,7 +201,7 @@ def test_orphans_are_a_note(
     orphan.write_bytes(bytes(3000))
     assert run("verify", dataset, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
-    assert f"note: 1 files (3 kB) are of no commit, such as latents/00/{orphan.name}" in out
+    assert f"note: 1 file (3 kB) of no commit, such as latents/00/{orphan.name}" in out
     assert f"latentpress gc {dataset}" in out
 
 

@@ -77,10 +77,7 @@ def write_unit(dataset: Dataset, card: Card, unit: Unit) -> UnitCommit:
                 continue
             if "path" in row:
                 found = Source(row["source_digest"], row["size"], row["mtime_ns"])
-                unchanged = same_content(row["path"], found)
-                assert unchanged or not row["live"], "planned for a file that is not there"
-                if not unchanged:
-                    continue  # as the real worker leaves it out
+                assert same_content(row["path"], found), "planned for a file that is not there"
             if row.get("source_digest") == _BROKEN_DIGEST:
                 failures.append(
                     FailureRecord(key=row["key"], stage="decode", reason="bad", message="no", attempts=1)

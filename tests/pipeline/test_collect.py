@@ -116,6 +116,42 @@ def test_a_shard_that_is_committed_after_it_was_listed_stays(tmp_path: Path) -> 
     assert check_dataset(dataset.root).clean
 
 
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_shard_that_is_committed_while_it_is_removed_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, links: bool
+) -> None:
+    """A run publishes it again, and commits, right before or after gc takes it aside."""
+    dataset, card = make_dataset(tmp_path / "latents")
+    ask(dataset, card, make_rows(tmp_path / "videos", 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.shard_writer.commit_once", lambda path, data: True)
+        finish_shards(dataset, card)
+    age(dataset.root, 2 * DAY_S)
+    listed = find_orphans(dataset, older_than_s=DAY_S)
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    def race(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        if moment == "after":
+            rename(source, target)
+        finish(dataset, card)
+        if moment == "before":
+            rename(source, target)
+        if not links:
+            monkeypatch.setattr(os, "link", refuse)
+
+    monkeypatch.setattr(os, "rename", race)
+    assert [remove(dataset, orphan) for orphan in listed] == [False, False]
+    assert check_dataset(dataset.root).clean
+    assert find_orphans(dataset, older_than_s=0) == []
+    shards = [path.stat() for path in dataset.root.rglob("*.tar")]
+    assert all(time.time() - shard.st_mtime < DAY_S for shard in shards), "what was published is there"
+
+
 def finish_shards(dataset: Dataset, card: object) -> None:
     from tests.pipeline.fake import write_unit
 

@@ -68,10 +68,78 @@ def test_the_record_is_synced_before_it_is_linked(tmp_path: Path, monkeypatch: p
 
         monkeypatch.setattr(os, name, call)
 
+    commit.make_folder(tmp_path)
     watch("fsync")
     watch("link")
     commit.commit_once(tmp_path / "u.json", b"x")
     assert calls == ["fsync", "link", "fsync"]
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths that are synced, by a process that knows nothing of any folder yet."""
+    paths: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        paths.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(commit, "_lasting", set())
+    return paths
+
+
+def test_a_folder_that_a_dead_run_made_is_synced_once(tmp_path: Path, synced: list[str]) -> None:
+    folder = tmp_path / "data" / "latents" / "00"
+    folder.mkdir(parents=True)
+    commit.make_folder(folder)
+    above = [str(path) for path in (tmp_path, tmp_path / "data", tmp_path / "data" / "latents")]
+    assert synced[-3:] == above, "outermost first"
+    synced.clear()
+    commit.make_folder(folder)
+    commit.make_folder(folder.parent)
+    assert not synced
+    folder.rmdir()
+    commit.make_folder(folder)
+    assert synced == above[-1:], "it is another folder now"
+
+
+def test_a_folder_above_that_may_not_be_read_is_passed_over(
+    tmp_path: Path, synced: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refuse(path: Path, flags: int) -> int:
+        if path == tmp_path:
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
+    (tmp_path / "data" / "latents").mkdir(parents=True)
+    commit.make_folder(tmp_path / "data" / "latents")
+    assert synced[-1] == str(tmp_path / "data")
+    with pytest.raises(PermissionError):
+        commit.make_folder(tmp_path / "new")
+
+
+def test_what_a_dead_run_recorded_is_synced_before_it_is_trusted(tmp_path: Path, synced: list[str]) -> None:
+    for name in ("manifest", "commits/00", "commits/01"):
+        (tmp_path / name).mkdir(parents=True)
+    with commit.open_store(tmp_path):
+        trusted = {str(tmp_path / name) for name in ("", "manifest", "commits", "commits/00", "commits/01")}
+        assert trusted <= set(synced)
+
+
+def test_the_record_of_whoever_was_first_is_synced(tmp_path: Path, synced: list[str]) -> None:
+    (tmp_path / "u.json").write_bytes(b"theirs")
+    assert not commit.commit_once(tmp_path / "u.json", b"ours")
+    assert synced[-1] == str(tmp_path)
+
+
+def test_a_new_file_system_is_an_empty_folder() -> None:
+    assert commit.is_scaffold("lost+found")
+    assert not commit.is_scaffold("notes.txt")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ KEEPS_OUT = {
 }
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRIES = """
-import ctypes, json, os, socket, sys
+import ctypes, json, os, resource, socket, sys, threading
 from pipeline import confine
 from schemas.config import DecodeConfig, LimitsConfig
 
@@ -36,6 +36,17 @@ exec(changes.pop("first", ""))
 keep_root = changes.pop("keep_root", False)
 found = confine.confine(parent=os.getppid(), limits=LimitsConfig(), decode=decode, keep_root=keep_root)
 victim = os.path.join(folder, "file")
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) == -1:
+        raise OSError(ctypes.get_errno(), name)
+
+def thread():
+    one = threading.Thread(target=int)
+    one.start()
+    one.join()
 
 def read():
     with open(victim) as file:
@@ -56,6 +67,14 @@ attempts = {
     "unix": lambda: socket.socket(socket.AF_UNIX),
     "process": lambda: os.fork() or os._exit(0),
     "signal": lambda: os.kill(os.getppid(), 0),
+    "own signal": lambda: os.kill(os.getpid(), 0),
+    "limit": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CPU),
+    "priority": lambda: os.setpriority(os.PRIO_PROCESS, 0, 19),
+    "shared": lambda: call("shmget", 0, 4096, 0o1600),
+    "queue": lambda: call("msgget", 0, 0o1600),
+    "pair": lambda: socket.socketpair(),
+    "outlive": lambda: call("prctl", 1, 0),
+    "thread": thread,
     "root": lambda: os.setuid(0) or os.setgid(0),
     "read": read,
 }
@@ -63,8 +82,8 @@ results = {}
 for name, attempt in attempts.items():
     try:
         attempt()
-    except OSError as error:
-        results[name] = error.strerror
+    except (OSError, RuntimeError) as error:
+        results[name] = str(error)
     else:
         results[name] = "done"
 print(json.dumps([found, results]), flush=True)
@@ -118,7 +137,10 @@ def test_what_is_said_to_be_in_force_holds_and_files_stay_readable(tmp_path: Pat
 
 def test_without_landlock_the_rest_holds(tmp_path: Path) -> None:
     found, could = tried(tmp_path, first="confine._CREATE_RULESET = 9999")
-    assert found["files"] == f"{NOT_ENFORCED}: this kernel has no Landlock"
+    if "seccomp" in found["network"]:
+        assert found["files"] == "read only (seccomp)"
+    else:
+        assert found["files"] == f"{NOT_ENFORCED}: this kernel has no Landlock"
     assert "read" in could
 
 
@@ -135,6 +157,16 @@ def test_without_either_it_says_so_and_runs(tmp_path: Path) -> None:
     found, could = tried(tmp_path, first=nothing)
     assert enforced(found) <= {"memory", "root"}
     assert {"read", "udp"} <= could
+
+
+@pytest.mark.parametrize("keep_root", [False, True])
+def test_with_threads_there_are_still_no_processes_and_no_say_over_others(
+    tmp_path: Path, keep_root: bool
+) -> None:
+    found, could = tried(tmp_path, decode={"threads": 4}, keep_root=keep_root)
+    assert {"read", "thread", "own signal"} <= could
+    if "seccomp" in found["programs"]:
+        assert not could & {"process", "signal", "limit", "priority", "shared", "pair", "queue", "outlive"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give up")

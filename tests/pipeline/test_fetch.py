@@ -13,12 +13,20 @@ from typing import Any
 
 import pytest
 
-from pipeline import fetch
-from pipeline.fetch import Fetcher, is_public
+from pipeline import checked_http, fetch
+from pipeline.checked_http import is_public
+from pipeline.fetch import Fetcher
 from pipeline.graph import preprocess
-from pipeline.source import Source, content_digest, identify
+from pipeline.source import Source, content_digest, identify, is_unread
 from pipeline.survey import survey
-from schemas.config import BucketConfig, ExecutorConfig, LimitsConfig, PreprocessConfig, SourcesConfig
+from schemas.config import (
+    BucketConfig,
+    ExecutorConfig,
+    LimitsConfig,
+    PreprocessConfig,
+    QuarantineConfig,
+    SourcesConfig,
+)
 from schemas.errors import ClipError, ManifestError, RunError
 from schemas.manifest import ManifestRow
 from tests.videos import make_video
@@ -34,6 +42,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.tagged = True
         self.sent: list[str] = []
+        self.failing = 0
+        """How many of the next answers are a 503."""
+        self.paused_s = 0.0
         self.stop = threading.Event()
 
     @property
@@ -49,6 +60,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path[1:]
+        if self.server.failing:
+            self.server.failing -= 1
+            self.send_error(503)
+            return
+        if self.server.stop.wait(self.server.paused_s):
+            return
         if name.startswith("to="):
             self.send_response(302)
             self.send_header("Location", name[3:])
@@ -66,6 +83,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif name == "drip_header":
             self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
             self._write(b"x", 0.02)
+        elif name.startswith("length="):
+            self.send_response(200)
+            self.send_header("Content-Length", name[7:])
+            self.end_headers()
+        elif name == "rude":
+            self.wfile.write(b"HTTP/1.1 404 \x1b[31m" + b"x" * 9000 + b"\r\n\r\n")
         elif name == "short":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -95,7 +118,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(fetch, "is_public", lambda address: True)
+    monkeypatch.setattr(checked_http, "is_public", lambda address: True)
+    monkeypatch.setattr(fetch, "PAUSES_S", (0.01, 0.01))
     with Server() as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
@@ -128,6 +152,16 @@ def failure(fetcher: Fetcher, url: str) -> ClipError:
         *("127.0.0.1", "::1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "::"),
         *("::ffff:127.0.0.1", "::ffff:169.254.169.254", "fe80::1%eth0", "fd00::1", "100.64.0.1", "224.0.0.1"),
         *("2002:7f00:1::", "64:ff9b::a00:1", "255.255.255.255", "ff02::1", "localhost", "0x7f000001"),
+        *(
+            "fec0::1",
+            "64:ff9b:1::7f00:1",
+            "::127.0.0.1",
+            "::ffff:0:127.0.0.1",
+            "4000::1",
+            "1000::1",
+            "5f00::1",
+        ),
+        *("3fff::1", "2001:db8::1", "2001:0:7f00:1::1", "100::1", "168.63.129.16", "::ffff:168.63.129.16"),
     ],
 )
 def test_addresses_that_are_not_public_are_refused(address: str) -> None:
@@ -227,23 +261,94 @@ def test_identity_is_content_and_is_read_again_only_if_it_may_have_changed(
     again = get.digest(url, mode, known=known)
     assert again == (Source(f"{mode}:recorded", 1000, source.mtime_ns) if tagged else source)
     assert read(get.local(url, expect=source)) == b"a" * 1000
-    assert get.is_unchanged(url, source)
     server.files["/a.mp4"] = b"b" * 1000
-    assert not get.is_unchanged(url, source)
+    assert get.digest(url, mode, known=known) != source
     with pytest.raises(RunError, match="was replaced"):
         get.local(url, expect=source)
     del server.files["/a.mp4"]
-    assert not get.is_unchanged(url, source)
     with pytest.raises(RunError, match="could be fetched when it was listed"):
         get.local(url, expect=source)
 
 
 def test_what_cannot_be_fetched_is_listed_with_what_cannot_be_read(server: Server, tmp_path: Path) -> None:
     server.files["/a.mp4"] = b"a"
-    paths = [f"{server.base}/a.mp4", f"{server.base}/404", f"{server.base}/500", str(tmp_path / "gone")]
+    paths = [f"{server.base}/a.mp4", f"{server.base}/500", str(tmp_path / "gone")]
     with pytest.raises(ManifestError) as caught:
         identify(paths, mode="content", known={}, fetcher=fetcher(server))
     assert [line.split(": ")[0] for line in caught.value.problems] == paths[1:]
+
+
+def test_a_url_that_was_fetched_before_is_not_given_up_when_it_is_refused(server: Server) -> None:
+    url, get = f"{server.base}/404", fetcher(server)
+    new = identify([url], mode="content", known={}, fetcher=get)[url]
+    assert is_unread(new)
+    again = {(url, new.size, new.mtime_ns): new.digest}
+    assert identify([url], mode="content", known=again, fetcher=get)[url] == new
+    with pytest.raises(ManifestError, match="was fetched before, and now"):
+        identify([url], mode="content", known={(url, 5, 5): "content:of-old"}, fetcher=get)
+
+
+def test_an_answer_that_passes_is_asked_for_again(server: Server) -> None:
+    server.files["/a.mp4"] = b"abc"
+    server.failing = 2
+    assert read(fetcher(server).local(f"{server.base}/a.mp4")) == b"abc"
+    server.failing = 2
+    assert fetcher(server).digest(f"{server.base}/a.mp4", "content", known={}).size == 3
+    server.failing = 3
+    with pytest.raises(ConnectionError, match="503"):
+        fetcher(server).local(f"{server.base}/a.mp4")
+
+
+@pytest.mark.parametrize("target", ["http://[", "//[::1/x", "http://a..b.test/", f"http://{'a' * 64}.test/"])
+def test_a_redirect_to_what_is_no_url_is_a_failure_of_the_file(server: Server, target: str) -> None:
+    sources = SourcesConfig(schemes=("http",), hosts=(f"127.0.0.1:{server.server_port}", "*.test"))
+    error = failure(Fetcher(sources, LimitsConfig()), f"{server.base}/to={target}")
+    assert error.reason in ("fetch_failed", "fetch_refused")
+
+
+@pytest.mark.parametrize(
+    ("url", "location"), [("http://a.test/", "s3://a.test/x"), ("https://a.test/x", "http://a.test/x")]
+)
+def test_a_redirect_leads_to_the_web_and_never_out_of_encryption(url: str, location: str) -> None:
+    sources = SourcesConfig(schemes=("http", "https", "s3"), hosts=("a.test",))
+    with pytest.raises(ClipError) as caught:
+        checked_http.redirected(url, location, sources)
+    assert caught.value.reason == "fetch_refused"
+    assert checked_http.redirected("http://a.test/", "https://a.test/x", sources) == "https://a.test/x"
+
+
+def test_a_size_of_thousands_of_digits_is_a_failure_of_the_file(server: Server) -> None:
+    assert failure(fetcher(server), f"{server.base}/length={'9' * 5000}").reason == "fetch_failed"
+
+
+def test_what_a_server_says_is_shown_short_and_without_control_characters(server: Server) -> None:
+    message = failure(fetcher(server), f"{server.base}/rude").message
+    assert "[31m" in message
+    assert message.isprintable()
+    assert len(message) < 400
+
+
+def test_time_is_one_for_all_redirects_of_a_file(server: Server) -> None:
+    server.files["/a.mp4"] = b"abc"
+    server.paused_s = 0.4
+    url = f"{server.base}/to=/to=/to=/to=/a.mp4"
+    assert failure(fetcher(server, clip_timeout_s=1.0), url).reason == "timeout"
+
+
+def test_a_connection_that_comes_after_the_time_is_closed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is over while the name is looked up; what answers then would never be cut."""
+    look_up = socket.getaddrinfo
+
+    def slow(*given: Any, **named: Any) -> Any:
+        time.sleep(0.6)
+        return look_up(*given, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    started = time.monotonic()
+    assert failure(fetcher(server, clip_timeout_s=0.3), f"{server.base}/drip_header").reason == "timeout"
+    assert time.monotonic() - started < 10
 
 
 def test_rows_are_fetched_ahead_and_neighbours_share(server: Server, tmp_path: Path) -> None:
@@ -318,10 +423,21 @@ def test_a_run_over_urls_gives_what_a_run_over_files_gives(server: Server, tmp_p
     summary, ran = preprocess(config)
     assert (summary["kept"], ran) == (3, True)
 
+    # A URL that was never there costs its row; once it is there, it is taken.
+    with manifest.open("a") as file:
+        file.write(json.dumps({"video": f"{server.base}/c.mp4", "caption": "c"}) + "\n")
+    config = config.model_copy(update={"quarantine": QuarantineConfig(max_rate=1.0)})
+    summary, ran = preprocess(config)
+    assert (summary["kept"], summary["reasons"], ran) == (3, {"fetch_failed": 1}, True)
+    assert preprocess(config)[1] is False
+    server.files["/c.mp4"] = make_video(tmp_path / "c.mp4", num_frames=10).read_bytes()
+    summary, ran = preprocess(config)
+    assert (summary["kept"], summary["reasons"], ran) == (4, {}, True)
+
 
 def test_a_server_that_only_listens_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the connection and never answers, not even the greeting of TLS."""
-    monkeypatch.setattr(fetch, "is_public", lambda address: True)
+    monkeypatch.setattr(checked_http, "is_public", lambda address: True)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         host = f"127.0.0.1:{listening.getsockname()[1]}"
         get = Fetcher(SourcesConfig(schemes=("https",), hosts=(host,)), LimitsConfig(clip_timeout_s=0.3))
@@ -349,12 +465,10 @@ def test_an_object_of_s3_is_fetched_from_an_allowed_bucket(monkeypatch: pytest.M
         for mode in ("content", "sampled"):
             source = get.digest(url, mode, known={})
             assert source.size == 1000
-            assert get.is_unchanged(url, source)
             assert read(get.local(url, expect=source)) == b"a" * 1000
         assert failure(get, "s3://videos/gone.mp4").reason == "fetch_failed"
         assert failure(get, "s3://others/a.mp4").reason == "fetch_refused"
         store.pipe("videos/a.mp4", b"b" * 1001)
-        assert not get.is_unchanged(url, source)
         assert failure(get, url).reason == "limit_bytes"
         server.deal("500", method="GET", path="a.mp4", times=20)
         store.pipe("videos/a.mp4", b"b")

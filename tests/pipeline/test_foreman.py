@@ -217,6 +217,14 @@ def test_an_answer_lost_after_the_commit_costs_nothing() -> None:
     assert all(result.kept == 3 for result in results.values())
 
 
+def test_after_a_lost_answer_the_next_unit_is_not_blamed() -> None:
+    """Whether it had begun is not known."""
+    after_its_record = {0: Death(committed=True), 2: Death(committed=True)}
+    run = Run(FakeCrew(lambda worker, task: after_its_record.pop(task.unit.number, None)))
+    assert all(result.kept == 3 for result in run(units(4)).values())
+    assert run.notes == {"worker_died": 2}
+
+
 def test_want_of_memory_condemns_nobody() -> None:
     run = Run(FakeCrew(dies_the_first_times(1, RETRIES, Death("memory", starved=True))))
     assert all(result.kept == 3 for result in run(units(3)).values())
@@ -226,7 +234,20 @@ def test_want_of_memory_condemns_nobody() -> None:
         greedy(units(3))
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), TimeoutError("slow"), MemoryError()])
+STARVED = [
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", STARVED)
+def test_want_of_memory_says_what_to_lower(error: Exception) -> None:
+    with pytest.raises(RunError, match=r"lower executor\.workers"):
+        Run(FakeCrew(fails_the_first_times(RETRIES + 1, error)))(units(1))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), TimeoutError("slow"), *STARVED])
 def test_what_may_pass_is_tried_again_and_then_stops_the_run(error: Exception) -> None:
     run = Run(FakeCrew(fails_the_first_times(RETRIES, error)))
     assert all(result.kept == 3 for result in run(units(1)).values())

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from pipeline import reindex
+from pipeline.commit import publish
 from pipeline.generation import pending_units
 from pipeline.outlook import Outlook
 from pipeline.reindex import update_tables
 from schemas.check import check_dataset
 from schemas.dataset import Dataset
+from schemas.errors import ManifestError
+from schemas.history import KEY, row_keys
 from schemas.index import read_index
-from tests.pipeline.fake import ask, finish, make_dataset, make_rows, write_unit
+from schemas.sample import Family
+from tests.pipeline.fake import BROKEN, ask, finish, make_dataset, make_rows, write_unit
 
 
 @pytest.fixture
@@ -118,16 +125,45 @@ def test_removed_rows_leave_the_view_and_come_back_without_work(root: Path, tmp_
     assert len(live_rows(dataset)) == 4
 
 
-def test_what_a_unit_holds_does_not_depend_on_when_it_runs(root: Path, tmp_path: Path) -> None:
-    """A row removed before its unit ran stays in the unit, so that it is there when it is asked for again."""
+def test_a_removed_row_does_not_run_and_gets_another_unit_when_it_comes_back(
+    root: Path, tmp_path: Path
+) -> None:
+    """Neither its clip nor its caption: a row may be removed because it stops the run."""
     dataset, card = make_dataset(root)
     rows = make_rows(tmp_path / "videos", 4)
     ask(dataset, card, rows)
-    planned = [[row["key"] for row in unit.rows] for unit in pending_units(dataset, "latents")]
     ask(dataset, card, [rows[0], rows[2], rows[3]])
-    units = pending_units(dataset, "latents")
-    assert [[row["key"] for row in unit.rows] for unit in units] == planned
-    assert [row["live"] for unit in units for row in unit.rows] == [True, False, True, True]
+    units = {family: pending_units(dataset, family) for family in KEY}
+    assert [row["source"] for unit in units["latents"] for row in unit.rows] == ["0.mp4", "2.mp4", "3.mp4"]
+    assert [row["caption"] for unit in units["prompts"] for row in unit.rows] == ["caption 0", "caption 2"]
+    finish(dataset, card)
+    assert check_dataset(root).clean
+    for _ in range(2):  # kept, then hidden and back once more
+        ask(dataset, card, rows)
+        finish(dataset, card)
+        assert read_index(root)["source"].to_pylist() == ["0.mp4", "2.mp4", "3.mp4", "1.mp4"]
+        assert check_dataset(root).clean
+        ask(dataset, card, rows[2:])
+    (commit,) = dataset.commits("latents", [2])
+    assert len(commit.samples) == 1
+    assert list(dataset.commits("latents", [3])) == []
+
+
+def test_a_failed_row_whose_caption_was_left_out_is_healed(root: Path, tmp_path: Path) -> None:
+    dataset, card = make_dataset(root)
+    rows = make_rows(tmp_path / "videos", 2)
+    Path(rows[1].path).write_bytes(BROKEN)
+    ask(dataset, card, rows)
+    for unit in pending_units(dataset, "latents"):
+        write_unit(dataset, card, unit)
+    ask(dataset, card, rows[:1])
+    finish(dataset, card)
+    ask(dataset, card, rows)
+    assert [[row["caption"] for row in unit.rows] for unit in pending_units(dataset, "prompts")] == [
+        ["caption 1"]
+    ]
+    finish(dataset, card)
+    assert check_dataset(root).clean
 
 
 def test_a_touched_or_annotated_row_is_noted_without_work(root: Path, tmp_path: Path) -> None:
@@ -147,24 +183,22 @@ def test_a_touched_or_annotated_row_is_noted_without_work(root: Path, tmp_path: 
 
 
 def test_a_row_that_its_unit_left_out_gets_another_unit(root: Path, tmp_path: Path) -> None:
-    """Its file was gone when the unit ran; when both come back, it runs in a unit of its own."""
+    """It had been removed when the unit ran; when it comes back, it runs in a unit of its own."""
     dataset, card = make_dataset(root)
     rows = make_rows(tmp_path / "videos", 2)
     ask(dataset, card, rows)
     ask(dataset, card, rows[1:])
-    (unit,) = pending_units(dataset, "latents")
-    assert [row["live"] for row in unit.rows] == [False, True]
-    write_unit(dataset, card, dataclasses.replace(unit, rows=unit.rows[1:]))
-    assert changed(ask(dataset, card, rows)) == {"new": 1, "to_retry": 1}
+    finish(dataset, card)
+    assert changed(ask(dataset, card, rows)) == {"new": 1}
     (unit,) = pending_units(dataset, "latents")
     assert unit.number == 1
-    assert [(row["source"], row["live"]) for row in unit.rows] == [("0.mp4", True)]
+    assert [row["source"] for row in unit.rows] == ["0.mp4"]
     finish(dataset, card)
     assert check_dataset(root).clean
 
 
 def test_a_live_row_that_its_unit_left_out_is_healed_by_the_next_plan(root: Path, tmp_path: Path) -> None:
-    """Another driver, which did not ask for it, ran the unit while its file was away."""
+    """Another driver, which did not ask for it, ran the unit."""
     dataset, card = make_dataset(root)
     rows = make_rows(tmp_path / "videos", 3)
     ask(dataset, card, rows)
@@ -211,6 +245,99 @@ def test_tables_that_are_damaged_or_gone_are_made_again(root: Path, tmp_path: Pa
     assert {path: path.read_bytes() for path in whole} == whole
 
 
+def test_a_caption_changed_to_one_that_is_stored_runs_nothing(root: Path, tmp_path: Path) -> None:
+    dataset, card = make_dataset(root)
+    rows = make_rows(tmp_path / "videos", 3)
+    ask(dataset, card, rows)
+    finish(dataset, card)
+    rows[1] = dataclasses.replace(rows[1], caption="caption 2")
+    outlook = ask(dataset, card, rows)
+    assert str(outlook) == "3 rows: 1 caption changed to one that is stored: nothing runs"
+    assert (outlook.clips_to_encode, outlook.captions_to_encode) == (0, 0)
+
+
+def test_only_the_rows_that_are_retried_are_told_as_such(root: Path, tmp_path: Path) -> None:
+    """Not new ones that share their unit."""
+    dataset, card = make_dataset(root)
+    rows = make_rows(tmp_path / "videos", 8)
+    ask(dataset, card, rows, unit_rows=8)
+    first = pending_units(dataset, "latents")[0]
+    write_unit(dataset, card, dataclasses.replace(first, rows=first.rows[:6]))
+    finish(dataset, card)
+    said = str(ask(dataset, card, make_rows(tmp_path / "videos", 11), unit_rows=8))
+    assert said == "11 rows: 3 new, 2 to retry"
+
+
+def test_numbers_that_json_cannot_hold_become_null(root: Path, tmp_path: Path) -> None:
+    dataset, card = make_dataset(root)
+    rows = make_rows(tmp_path / "videos", 1)
+    rows[0] = dataclasses.replace(rows[0], extra={"score": math.nan, "all": [math.inf, 1.5], "id": 10**22})
+    ask(dataset, card, rows)
+    (row,) = live_rows(dataset)
+    assert row["extra"] == '{"all": [null, 1.5], "id": 10000000000000000000000, "score": null}'
+    assert changed(ask(dataset, card, rows)) == {}
+    assert dataset.history().generations == 1
+
+
+def test_paths_and_captions_of_all_rows_may_exceed_2_gib(root: Path, tmp_path: Path) -> None:
+    """Where offsets have 32 bits, a column of more bytes is an error."""
+    dataset, card = make_dataset(root)
+    rows = make_rows(tmp_path / "videos", 2)
+    ask(dataset, card, rows)
+    finish(dataset, card)
+    tables = (dataset.history().live_table(), read_index(root))
+    for table in tables:
+        types = {name: table.schema.field(name).type for name in ("path", "caption", "source", "extra")}
+        assert set(types.values()) == {pa.large_string()}
+        assert row_keys(table).type == pa.large_string()
+
+
+def test_a_path_that_is_no_text_is_refused_in_a_sentence(root: Path, tmp_path: Path) -> None:
+    dataset, card = make_dataset(root)
+    folder = tmp_path / os.fsdecode(b"f\xef")
+    with pytest.raises(ManifestError, match="expected Unicode text"):
+        ask(dataset, card, make_rows(folder, 1))
+
+
+def test_tables_written_late_hold_what_another_driver_did_meanwhile(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, card = make_dataset(root)
+    rows = make_rows(tmp_path / "videos", 4)
+    ask(dataset, card, rows)
+    families: tuple[Family, ...] = ("prompts", "latents")
+    for family in families:
+        for unit in pending_units(dataset, family):
+            write_unit(dataset, card, unit)
+
+    def late(temp: Path, path: Path) -> None:
+        monkeypatch.setattr(reindex, "publish", publish)
+        ask(dataset, card, rows + make_rows(tmp_path / "videos", 4, start=20))
+        finish(dataset, card)
+        assert read_index(root).num_rows == 8
+        publish(temp, path)
+
+    monkeypatch.setattr(reindex, "publish", late)
+    assert update_tables(dataset, card).kept == 8
+    assert check_dataset(root).clean
+
+
+def test_tables_of_another_dataset_of_the_same_rows_are_made_again(root: Path, tmp_path: Path) -> None:
+    """Both gave the same numbers to units of other rows."""
+    rows = make_rows(tmp_path / "videos", 9)
+    dataset, card = make_dataset(root)
+    ask(dataset, card, rows)
+    finish(dataset, card)
+    whole = {path: path.read_bytes() for path in (dataset.index_path, dataset.quarantine_path)}
+    other, _ = make_dataset(tmp_path / "other")
+    ask(other, card, rows, unit_rows=3)
+    finish(other, card)
+    for path in whole:
+        path.write_bytes((other.root / path.name).read_bytes())
+    update_tables(dataset, card)
+    assert {path: path.read_bytes() for path in whole} == whole
+
+
 def test_a_renamed_file_runs_nothing(root: Path, tmp_path: Path) -> None:
     dataset, card = make_dataset(root)
     rows = make_rows(tmp_path / "videos", 2)
@@ -233,6 +360,6 @@ def test_a_unit_is_made_from_the_copy_that_is_still_asked_for(root: Path, tmp_pa
     ask(dataset, card, rows[:1])
     Path(rows[1].path).unlink()
     (unit,) = pending_units(dataset, "latents")
-    assert [(row["source"], row["live"]) for row in unit.rows] == [("0.mp4", True)]
+    assert [(row["source"], row["path"]) for row in unit.rows] == [("0.mp4", rows[0].path)]
     finish(dataset, card)
     assert read_index(root)["source"].to_pylist() == ["0.mp4"]

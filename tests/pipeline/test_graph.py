@@ -240,7 +240,7 @@ def test_a_file_replaced_after_it_was_listed_never_takes_the_old_identity(
     listed.write_text("".join(json.dumps({"video": n, "caption": n}) + "\n" for n in ("x.mp4", "y.mp4")))
     config = config_for(listed, tmp_path / "out")
 
-    def die(*args: Any) -> None:
+    def die(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -266,9 +266,9 @@ def test_a_file_that_vanishes_during_the_run_stops_it_and_nothing_sticks(
     listed.write_text(json.dumps({"video": "x.mp4", "caption": "x"}) + "\n")
     run_units = graph.run_units
 
-    def vanish(*args: Any) -> Any:
+    def vanish(*args: Any, **kwargs: Any) -> Any:
         video.rename(tmp_path / "elsewhere")
-        return run_units(*args)
+        return run_units(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(graph, "run_units", vanish)

@@ -82,16 +82,15 @@ class World:
             self.second_driver(_NAMES[number], end_s=10.0 + len(self.rows))
 
     def second_driver(self, name: str, *, end_s: float) -> None:
-        """Another manifest lacks a new row, whose file is away when its unit runs; then both come back."""
+        """Another manifest lacks a new row when its unit runs."""
         self.ask_for(name, "sea", end_s)
         lacking = self.rows[-1]
         ask(self.dataset, self.card, self.rows)
         ask(self.dataset, self.card, [row for row in self.rows if row.path != lacking.path])
-        path = Path(lacking.path)
-        away = path.rename(path.with_suffix(".away"))
-        for unit in pending_units(self.dataset, "latents"):
-            write_unit(self.dataset, self.card, unit)
-        away.rename(path)
+        families: tuple[Family, ...] = ("prompts", "latents")
+        for family in families:
+            for unit in pending_units(self.dataset, family):
+                write_unit(self.dataset, self.card, unit)
 
     def run(self) -> None:
         """A whole run, and everything that must hold after it."""

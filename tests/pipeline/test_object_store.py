@@ -16,9 +16,11 @@ from pipeline import commit, object_store
 from pipeline.collect import find_orphans, remove
 from pipeline.generation import pending_units
 from pipeline.graph import preprocess
+from schemas import patience
+from schemas.card import read_card
 from schemas.check import check_dataset
 from schemas.config import PreprocessConfig, TrainConfig
-from schemas.errors import ConfigError, RunError
+from schemas.errors import ConfigError, DatasetError, RunError
 from schemas.index import read_index, read_tensor
 from schemas.load import check_config
 from schemas.store import is_remote, location
@@ -48,7 +50,7 @@ def running_server() -> Iterator[ObjectServer]:
 
 @pytest.fixture
 def server(running_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
-    monkeypatch.setattr(object_store, "BACKOFF_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(patience, "BACKOFF_S", (0.01, 0.01, 0.01))
     running_server.reset()
     yield running_server
     assert running_server.reset() == 0, "a fault that no request met tests nothing"
@@ -111,10 +113,31 @@ def test_what_fails_for_now_is_tried_again(root: Path, server: ObjectServer, fau
     assert ((root / "u.json").read_bytes(), (root / "index").read_bytes()) == (b"record", b"index")
 
 
+def test_reads_that_fail_for_now_are_made_again(root: Path, server: ObjectServer, tmp_path: Path) -> None:
+    dataset, card = make_dataset(root)
+    ask(dataset, card, make_rows(tmp_path / "videos", 2))
+    (latents,) = [made for made in finish(dataset, card) if made.family == "latents"]
+    for name in ("card", "000000.parquet", "u00000000", "index"):
+        server.deal("500", method="GET", path=name, times=5)  # botocore makes two tries of each of ours
+    assert read_card(root) == card
+    assert dataset.history().generations == 1
+    assert dataset.commit("latents", 0) == latents
+    assert read_index(root).num_rows == 2
+
+
+def test_reads_that_keep_failing_are_said(root: Path, server: ObjectServer) -> None:
+    dataset, _ = make_dataset(root)
+    commit.commit_once(dataset.commit_path("latents", 0), b"{}")
+    server.deal("500", method="GET", path="u00000000", times=100)
+    with pytest.raises(DatasetError, match=r"u00000000\.json cannot be read: .*made up"):
+        dataset.commit("latents", 0)
+    server.reset()
+
+
 def test_a_store_that_keeps_failing_stops_the_run_with_its_words(
     root: Path, server: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(object_store, "BACKOFF_S", (0.01,))
+    monkeypatch.setattr(patience, "BACKOFF_S", (0.01,))
     server.deal("500", times=100)
     with pytest.raises(OSError, match="made up") as caught:
         commit.commit_once(root / "u.json", b"record")
@@ -158,7 +181,7 @@ def test_nobody_at_the_endpoint_is_said_without_secrets(
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    monkeypatch.setattr(object_store, "BACKOFF_S", ())
+    monkeypatch.setattr(patience, "BACKOFF_S", ())
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://somebody:{SECRET}@127.0.0.1:1")
     with pytest.raises(RunError, match="object store fails") as caught, commit.open_store(location("s3://b")):
         pass

@@ -17,10 +17,14 @@ from typing import Any
 import pytest
 
 from pipeline import progress, ray_crew
-from pipeline.graph import preprocess
+from pipeline.graph import committed_before, preprocess
 from pipeline.progress import EarlyStop
+from pipeline.retry import retry_failed
 from pipeline.unit import UnitResult, UnitWorker
+from schemas.card import read_card
 from schemas.check import check_dataset
+from schemas.config import QuarantineConfig
+from schemas.dataset import Dataset
 from schemas.errors import ConfigError, RunError
 from schemas.index import read_index, read_quarantine
 from tests.conftest import REPOSITORY
@@ -147,15 +151,29 @@ def result_with(kept: int, failed: int, reason: str = "open_failed") -> UnitResu
 
 def test_the_first_rows_are_judged_once_however_many_runs_they_take() -> None:
     early = EarlyStop(10, Counter(open_failed=140), allowed=0.05)
-    assert early.verdict(result_with(0, 40)) is None
-    assert "185 of the first 200" in (early.verdict(result_with(5, 5)) or "")
-    assert early.verdict(result_with(0, 50)) is None
+    early.add(result_with(0, 40))
+    assert early.verdict() is None
+    early.add(result_with(5, 5))
+    assert "185 of the first 200" in (early.verdict() or "")
+    good = EarlyStop(200, Counter(), allowed=0.05)
+    good.add(result_with(0, 1000))
+    assert good.verdict() is None
 
 
-def test_failures_that_are_asked_for_or_allowed_stop_nothing() -> None:
-    assert EarlyStop(0, Counter(), allowed=0.05).verdict(result_with(0, 250, "too_short")) is None
-    assert EarlyStop(0, Counter(), allowed=0.9).verdict(result_with(40, 160)) is None
-    assert EarlyStop(0, Counter(), allowed=0.7).verdict(result_with(40, 160)) is not None
+@pytest.mark.parametrize(
+    ("kept", "failed", "reason", "allowed", "stops"),
+    [
+        (0, 250, "too_short", 0.05, False),
+        (40, 160, "open_failed", 0.9, False),
+        (40, 160, "open_failed", 0.7, True),
+    ],
+)
+def test_failures_that_are_asked_for_or_allowed_stop_nothing(
+    kept: int, failed: int, reason: str, allowed: float, stops: bool
+) -> None:
+    early = EarlyStop(0, Counter(), allowed=allowed)
+    early.add(result_with(kept, failed, reason))
+    assert (early.verdict() is not None) == stops
 
 
 def test_an_early_stop_counts_what_an_interrupted_run_did_and_lists_the_failures(tmp_path: Path) -> None:
@@ -171,6 +189,57 @@ def test_an_early_stop_counts_what_an_interrupted_run_did_and_lists_the_failures
         preprocess(config_for(manifest, root, units={"rows": 20}))
     assert read_quarantine(root).num_rows == 200
     assert "200 of the first" in json.loads((root / "summary.json").read_bytes())["last_run"]["stopped"]
+    config = config_for(manifest, root, units={"rows": 20})
+    with pytest.raises(RunError, match="200 of the first 200"):  # running it again is no way around it
+        preprocess(config)
+    assert read_quarantine(root).num_rows == 200
+    allowed = config.model_copy(update={"quarantine": QuarantineConfig(max_rate=1.0)})
+    assert preprocess(allowed)[0]["quarantined"] == 240
+
+
+def test_rows_that_are_tried_again_no_longer_speak_against_a_run(tmp_path: Path) -> None:
+    rows = []
+    for i in range(200):
+        (tmp_path / f"{i}.mp4").write_bytes(b"not a video %d" % i)
+        rows.append(json.dumps({"video": f"{i}.mp4", "caption": "x"}) + "\n")
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(rows))
+    config = config_for(manifest, tmp_path / "out", units={"rows": 100})
+    with pytest.raises(RunError, match="200 of the first 200"):
+        preprocess(config)
+    dataset = Dataset(tmp_path / "out")
+    assert committed_before(dataset, "latents", dataset.history()) == (0, Counter(open_failed=200))
+    retry_failed(dataset, read_card(dataset.root), reasons=None)
+    assert committed_before(dataset, "latents", dataset.history()) == (0, Counter())
+
+
+def test_a_damaged_summary_is_made_again(manifest: Path, tmp_path: Path) -> None:
+    config = config_for(manifest, tmp_path / "out")
+    preprocess(config)
+    (tmp_path / "out" / "summary.json").write_text("garbage")
+    summary, ran = preprocess(config)
+    assert (summary["kept"], ran) == (11, False)
+    assert json.loads((tmp_path / "out" / "summary.json").read_bytes()) == summary
+
+
+def test_what_another_run_asks_for_meanwhile_is_said(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for(manifest, tmp_path / "out")
+    other = manifest.with_name("other.jsonl")
+    lines = manifest.read_text().splitlines(keepends=True)
+    other.write_text("".join(lines[:3]))
+    run = UnitWorker.run
+
+    def meanwhile(self: UnitWorker, unit: Any, **kwargs: Any) -> UnitResult:
+        monkeypatch.setattr(UnitWorker, "run", run)
+        preprocess(config.model_copy(update={"manifest": str(other)}))
+        return run(self, unit, **kwargs)
+
+    monkeypatch.setattr(UnitWorker, "run", meanwhile)
+    summary, _ = preprocess(config)
+    assert summary["asked_meanwhile"]
+    assert preprocess(config)[0]["asked_meanwhile"] is False
 
 
 CONFIG = """

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from upath import UPath
 
+from pipeline.retry import retry_failed
 from pipeline.shard_writer import ShardWriter
 from schemas.adoption import adoption_record, refuse_stale
 from schemas.card import Card, card_bytes, card_path, hard_differences, read_card
@@ -230,7 +231,7 @@ def mend(dataset: Dataset, verdict: Verdict) -> None:
     for finding in verdict.findings:
         assert finding.command is not None
         *deletions, rerun = finding.command.split(" && ")
-        assert rerun == "latentpress preprocess CONFIG"
+        assert rerun == f"latentpress preprocess CONFIG --set output={dataset.root}"
         for deletion in deletions:
             subprocess.run(shlex.split(deletion), check=True)
     finish(dataset, read_card(dataset.root))
@@ -291,7 +292,7 @@ def test_unfinished_work_is_counted_and_no_finding(dataset: Dataset, tmp_path: P
     ask(dataset, read_card(dataset.root), make_rows(tmp_path / "videos", 12), unit_rows=4)
     verdict = check_dataset(dataset.root)
     assert (verdict.unfinished, verdict.findings, verdict.clean) == (1, [], False)
-    assert verdict.rerun == "latentpress preprocess CONFIG"
+    assert verdict.rerun == f"latentpress preprocess CONFIG --set output={dataset.root}"
     assert verdict.notes == ["index and quarantine are compared with commit records once the rest is clean"]
 
 
@@ -302,7 +303,7 @@ def test_commands_name_the_config_of_the_newest_run(dataset: Dataset) -> None:
     (dataset.runs / "20260103T000000").mkdir()
     assert (
         check_dataset(dataset.root).rerun
-        == f"latentpress preprocess {dataset.runs}/20260102T000000/config.toml"
+        == f"latentpress preprocess {dataset.runs}/20260102T000000/config.toml --set output={dataset.root}"
     )
 
 
@@ -343,6 +344,42 @@ def test_a_generation_missing_in_the_middle_is_found(dataset: Dataset, tmp_path:
     finding = check_dataset(dataset.root).findings[0]
     assert (finding.file, finding.command) == ("manifest/000001.parquet", None)
     assert finding.problem == "is missing, and 1 later ones are there"
+
+
+def test_the_newest_generation_missing_costs_no_sound_unit_its_record(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    card = read_card(dataset.root)
+    ask(dataset, card, make_rows(tmp_path / "videos", 12), unit_rows=4)
+    finish(dataset, card)
+    dataset.generation_path(1).unlink()
+    findings = check_dataset(dataset.root).findings
+    (lost,) = (finding for finding in findings if finding.file == "commits/00/u00000003.json")
+    assert lost.command is None
+    assert "no manifest generation names" in lost.problem
+    assert {finding.command for finding in findings if finding.file != "index.parquet"} == {None}
+
+
+def test_only_what_is_asked_for_now_is_counted(dataset: Dataset, tmp_path: Path) -> None:
+    card = read_card(dataset.root)
+    ask(dataset, card, make_rows(tmp_path / "videos", 2), unit_rows=4)
+    finish(dataset, card)
+    verdict = check_dataset(dataset.root)
+    assert (verdict.samples, verdict.prompts, verdict.quarantined, verdict.units) == (2, 2, 0, 4)
+    assert verdict.clean
+
+
+def test_damage_to_the_earlier_unit_of_a_retried_row_is_mended_in_one_round(dataset: Dataset) -> None:
+    card = read_card(dataset.root)
+    retry_failed(dataset, card, reasons=None)
+    finish(dataset, card)
+    whole = read_quarantine(dataset.root)
+    assert whole["attempts"].to_pylist() == [2]
+    record_torn(dataset)
+    mend(dataset, check_dataset(dataset.root))
+    # Made again, the old unit holds its other rows only; the first try is forgotten by record and table.
+    assert check_dataset(dataset.root).clean
+    assert read_quarantine(dataset.root)["attempts"].to_pylist() == [1]
 
 
 # ------------------------------------------------------------------------------------ the rest
@@ -416,6 +453,8 @@ def test_a_dataset_in_an_object_store_is_checked_alike(dataset: Dataset) -> None
         target.write_bytes(data)
     verdict = check_dataset(root)
     assert verdict.clean, verdict.findings
+    assert verdict.rerun == f"latentpress preprocess CONFIG --set output={root}"
+    verdict.rerun = check_dataset(dataset.root).rerun
     assert verdict.as_dict() == check_dataset(dataset.root).as_dict()
     row = read_index(root).to_pylist()[0]
     assert (read_tensor(root, row, "mean").data == read_tensor(dataset.root, row, "mean").data).all()

@@ -81,6 +81,7 @@ def test_aliases(folder: Path, video: str, caption: str) -> None:
         ({"video": "https://example.com/a.mp4", "caption": "x"}, "remote"),
         ({"video": "a.mp4", "caption": "x", "start_s": -1}, "bad_window"),
         ({"video": "a.mp4", "caption": "x", "start_s": "soon"}, "bad_window"),
+        ({"video": "a.mp4", "caption": "x", "start_s": 10**400}, "bad_window"),
         ({"video": "a.mp4", "caption": "x", "start_s": 5, "end_s": 5}, "bad_window"),
         ({"video": "gone.mp4", "caption": "x"}, "missing_file"),
         ({"video": ".", "caption": "x"}, "not_a_file"),
@@ -217,3 +218,74 @@ def test_urls_are_carried_as_they_are(tmp_path: Path) -> None:
     (again,) = read_manifest(tmp_path / "deep" / "n.jsonl")
     assert isinstance(again, ManifestRow)
     assert again.path == url
+
+
+def test_a_csv_row_is_bounded_over_all_its_lines(folder: Path) -> None:
+    path = folder / "m.csv"
+    path.write_text("video,caption\n" + '"a\n",' * 400_000 + "x\n")
+    with pytest.raises(ManifestError, match="is over 1048576 characters"):
+        list(read_manifest(path))
+    path.write_text("video,caption\n" + "\n" * 1_100_000 + 'a.mp4,"two\nlines"\n' + "b.mp4,x\n" * 150_000)
+    read = list(read_manifest(path))
+    assert len(read) == 150_001
+    assert isinstance(read[0], ManifestRow)
+    assert (read[0].caption, read[0].number) == ("two\nlines", 1_100_003)
+
+
+def not_utf8() -> pa.Array:
+    offsets = pa.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 3)))
+    return pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff\xfe\xfd")])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([2**31 - 1], pa.date32()),
+        pa.array([2**52], pa.timestamp("ms")),
+        pa.array([1], pa.timestamp("us", tz="Mars/Olympus")),
+        not_utf8(),
+    ],
+    ids=["date", "timestamp", "zone", "text"],
+)
+def test_parquet_values_that_python_does_not_have_are_one_error(folder: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"video": ["a.mp4"], "caption": ["x"], "z": column}), folder / "m.parquet")
+    with pytest.raises(ManifestError, match="not a Parquet file that can be read"):
+        list(read_manifest(folder / "m.parquet"))
+
+
+LONG = 3_000_000
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pa.array([b"x" * LONG]),
+        pa.array([b"x" * LONG], pa.large_binary()),
+        pa.array(["x" * LONG], pa.large_string()),
+        pa.array([b"x" * LONG], pa.binary(LONG)),
+        pa.array([["x" * LONG]]),
+    ],
+    ids=["binary", "large_binary", "large_string", "fixed", "list"],
+)
+def test_a_few_bytes_of_parquet_do_not_stand_for_many(folder: Path, value: pa.Array) -> None:
+    """One long value in each of 200 rows, stored once."""
+    table = pa.table({"video": ["a.mp4"] * 200, "caption": ["x"] * 200, "z": value.take(pa.array([0] * 200))})
+    pq.write_table(table, folder / "m.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30)
+    with pytest.raises(ManifestError, match=r"at most 1048576|hold lists"):
+        list(read_manifest(folder / "m.parquet"))
+
+
+def test_columns_of_every_plain_kind_are_carried_through_from_parquet(folder: Path) -> None:
+    table = pa.table(
+        {
+            "video": pa.array(["a.mp4"], pa.large_string()),
+            "caption": pa.array(["x"]).dictionary_encode(),
+            "id": [7],
+            "raw": pa.array([b"\xff"]),
+            "long": pa.array(["y"], pa.large_string()),
+            "a.b": ["dotted"],
+        }
+    )
+    pq.write_table(table, folder / "m.parquet")
+    (row,) = rows_of(folder / "m.parquet")[0]
+    assert row.extra == {"id": 7, "raw": b"\xff", "long": "y", "a.b": "dotted"}

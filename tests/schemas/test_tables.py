@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.errors import DatasetError
-from schemas.tables import SealedWriter, open_sealed, read_sealed, sealed_parquet
+from schemas.tables import SealedWriter, open_sealed, read_sealed, seal_of, sealed_parquet
 
 TABLE = pa.table({"name": [f"row {i}" for i in range(300)], "at": list(range(300))})
 
@@ -55,3 +57,18 @@ def test_a_table_without_a_seal_or_cut_short_is_refused(tmp_path: Path) -> None:
         read_sealed(path, remedy="")
     with pytest.raises(FileNotFoundError):
         read_sealed(tmp_path / "none.parquet", remedy="")
+
+
+def test_a_folder_whose_name_is_no_text_is_read_alike(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"f\xef")
+    folder.mkdir()
+    table = pa.table({"a": [1, 2]})
+    (folder / "a.parquet").write_bytes(sealed_parquet(table))
+    assert read_sealed(folder / "a.parquet", remedy="").equals(table)
+
+
+def test_the_seal_of_a_file_is_what_it_hashes_to_with_zeros_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(sealed_parquet(pa.table({"a": list(range(1000))})))
+    seal = seal_of(path)
+    assert hashlib.sha256(path.read_bytes().replace(seal.encode(), b"0" * 64)).hexdigest() == seal

@@ -1,0 +1,146 @@
+"""What a decoder child says, held against what it was asked.
+
+In: a line of it. Out: a typed answer, or `BadAnswer`. A decoder that a file took over says what the file
+wants, so every line is a claim: of the kind that is due, with values in range and text that a terminal and a
+table can take. Nothing else of it reaches the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, StringConstraints, TypeAdapter
+
+from pipeline.clip import ClipRecord, Placed
+from schemas.config import BucketConfig, FramesConfig, LimitsConfig
+
+TEXT_CHARS = 2000
+"""Of a text from the child."""
+_LARGEST = 2**53
+"""Whole numbers below fit every column and every reader of JSON."""
+_Reason = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+_Answer = TypeVar("_Answer")
+
+
+class BadAnswer(Exception):
+    """The child said what a sound one does not say."""
+
+
+class Ready(BaseModel):
+    """A new child's first line; it has not seen a file."""
+
+    at: float
+    protections: dict[str, str]
+    fatal: str | None
+    """Why it can decode nothing."""
+    denied: bool
+    """Whether it may not open the file it was asked about."""
+
+
+class Begun(BaseModel):
+    """It takes up the next request."""
+
+    at: float
+
+
+class Failed(BaseModel):
+    """The clip cannot become a sample."""
+
+    id: int
+    error: _Reason
+    message: str
+    denied: bool = False
+    """Whether it may not open the file."""
+
+
+class Fatal(BaseModel):
+    """The run must stop."""
+
+    id: int
+    fatal: str
+
+
+class PlacedAnswer(BaseModel):
+    """What would become of a clip."""
+
+    id: int
+    placed: Placed
+
+
+class DecodedAnswer(BaseModel):
+    """The clip's frames are in its slot."""
+
+    id: int
+    shape: list[int]
+    bucket: int
+    record: ClipRecord
+    decode_s: float
+
+
+Answer = PlacedAnswer | DecodedAnswer | Failed | Fatal
+READY, BEGUN = TypeAdapter(Ready), TypeAdapter(Begun)
+PLACED: TypeAdapter[Answer] = TypeAdapter(PlacedAnswer | Failed | Fatal)
+DECODED: TypeAdapter[Answer] = TypeAdapter(DecodedAnswer | Failed | Fatal)
+
+
+def parse(line: bytes, kind: TypeAdapter[_Answer]) -> _Answer:
+    """The answer in a line; BadAnswer where it is not of that kind."""
+    try:
+        return kind.validate_python(_clean(json.loads(line, parse_constant=_refuse)))
+    except (ValueError, RecursionError) as error:
+        raise BadAnswer(f"a malformed answer: {type(error).__name__}") from None
+
+
+def plain(text: str) -> str:
+    """The text, cut, without what would steer a terminal or could not be stored."""
+    return "".join(char if char.isprintable() else " " for char in text[:TEXT_CHARS])
+
+
+def check_decoded(answer: DecodedAnswer, *, clip: int, buckets: Sequence[BucketConfig]) -> None:
+    """BadAnswer where the frames are not those of a bucket, or its record not one of such frames."""
+    _require(0 <= answer.bucket < len(buckets), "bucket")
+    bucket, record = buckets[answer.bucket], answer.record
+    frames = range(bucket.num_frames)
+    _require(answer.shape == [bucket.num_frames, bucket.height, bucket.width, 3], "shape")
+    _require(len(record.pts_s) == len(record.frame_weights) == len(frames), "number of frames")
+    positions = (*record.interpolated, *record.duplicated, *record.repaired)
+    _require(all(position in frames for position in positions), "position")
+    _require(record.clip == clip, "clip")
+    _require(min(answer.decode_s, record.duration_s, record.coverage) >= 0, "time")
+
+
+def check_placed(
+    placed: Placed, *, buckets: Sequence[BucketConfig], frames: FramesConfig, limits: LimitsConfig
+) -> None:
+    """BadAnswer where there is no such bucket, or more clips than a file within the limits can hold."""
+    info = placed.info
+    _require(0 <= placed.bucket < len(buckets), "bucket")
+    sizes = (info.width, info.height, info.display_width, info.display_height, info.num_pictures)
+    _require(min(sizes) > 0 and min(info.fps, info.duration_s) >= 0, "file")
+    most = max(limits.max_frames, math.ceil(limits.max_seconds * frames.target_fps))
+    _require(1 <= placed.num_clips <= (1 if frames.clips == "head" else most), "number of clips")
+
+
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise BadAnswer(f"an impossible answer: {what}")
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def _clean(value: Any) -> Any:
+    """A value of JSON with every text plain; ValueError for a number that is out of range."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    if isinstance(value, dict):
+        return {plain(name): _clean(item) for name, item in value.items()}
+    if isinstance(value, int | float) and not (abs(value) < _LARGEST):
+        raise ValueError("out of range")
+    return value
