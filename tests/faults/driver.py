@@ -26,8 +26,8 @@ from unittest.mock import patch
 from schemas.config import PreprocessConfig
 from tests.faults.taps import Op, Plan, Tap
 
-_MARK = "LATENTPRESS_FAULTS"
-"""In the environment of everything a driver starts."""
+_MARK = "PYTHON_LATENTPRESS_FAULTS"
+"""In the environment of all that a driver starts; decoders inherit few names, those of Python among them."""
 _RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 _END_S = 120.0
 _REPOSITORY = Path(__file__).absolute().parents[2]
