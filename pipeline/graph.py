@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline.commit import Committing, commit_once, is_scaffold, make_folder, open_store, replace
+from pipeline.commit import Committing, commit_once, is_scaffold, open_store, replace
 from pipeline.discover import discover
 from pipeline.executor import open_executor
 from pipeline.fetch import Fetcher
@@ -218,7 +218,6 @@ def run_units(
                 for result in track(executor.run(units), tally):
                     if result.uncommitted is not None:
                         path = dataset.commit_path(family, result.unit)
-                        make_folder(path.parent)
                         commit_once(path, result.uncommitted)
                     log(result.facts())
                     run["sandbox"].update(result.protections)
@@ -236,7 +235,6 @@ def run_units(
 def begin_run(dataset: Dataset, config: PreprocessConfig) -> Path:
     """The folder of this run, with the config that repeats it from any working folder."""
     folder = dataset.runs / f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}"
-    make_folder(folder)
     repeatable = config.model_copy(update={"manifest": absolute(config.manifest)})
     replace(folder / "config.toml", resolved_toml(repeatable).encode())
     return folder

@@ -23,13 +23,12 @@ from pipeline.commit import publish, replace, temp_path
 from schemas.card import Card
 from schemas.dataset import Dataset
 from schemas.errors import DatasetError
-from schemas.history import History, column_numbers, positions, row_keys
+from schemas.history import ROW, History, column_numbers, positions, row_keys
 from schemas.index import QUARANTINE_SCHEMA, index_schema, read_index, read_quarantine
 from schemas.resolve import BLOCK_ROWS, CommitReader
 from schemas.sample import Family
 from schemas.tables import SealedWriter, open_sealed, read_sealed, seal_of, sealed_parquet
 
-_KEY = ("path", "start_s", "end_s", "clip", "caption")
 _HELD = ("sample_id", "unit", "source")
 _INDEX_HELD = (*_HELD, "prompt_unit", "extra")
 _DATASET = b"latentpress.dataset"
@@ -69,7 +68,7 @@ def update_tables(dataset: Dataset, card: Card, history: History | None = None) 
 
 def _write_tables(dataset: Dataset, card: Card, history: History, finished: dict[Family, np.ndarray]) -> bool:
     """Whether there was anything to write."""
-    live = history.live_table([*_KEY, *_INDEX_HELD])
+    live = history.live_table([*ROW, *_INDEX_HELD])
     latents_done = np.isin(column_numbers(live, "unit"), finished["latents"])
     prompts_done = np.isin(column_numbers(live, "prompt_unit"), finished["prompts"])
 
@@ -105,7 +104,7 @@ class _OldIndex:
     """The index as it is; without rows where there is none that can be used."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        columns = [*_KEY, *_INDEX_HELD]
+        columns = [*ROW, *_INDEX_HELD]
         try:
             self._file = open_sealed(path, remedy="")
             self.missing = not _is_ours(self._file.schema_arrow, schema)

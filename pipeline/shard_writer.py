@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.commit import Committing, commit_once, make_folder, publish, temp_path
+from pipeline.commit import Committing, commit_once, publish, temp_path
 from schemas.codec import Tensor, checksum, encode_sample
 from schemas.dataset import Dataset
 from schemas.errors import DatasetError
@@ -133,7 +133,6 @@ class ShardWriter:
         if self._committing == "coordinator":
             return record
         path = self._dataset.commit_path(self._family, self._unit)
-        make_folder(path.parent)
         if commit_once(path, record_bytes(record)):
             return record
         self.was_first = False

@@ -45,13 +45,14 @@ GENERATION_SCHEMA = pa.schema(
 
 KEY: dict[Family, str] = {"latents": "sample_id", "prompts": "caption_digest"}
 UNIT: dict[Family, str] = {"latents": "unit", "prompts": "prompt_unit"}
-_ROW = ("path", "start_s", "end_s", "clip", "caption")
+ROW = ("path", "start_s", "end_s", "clip", "caption")
+"""What makes two rows the same row asked for."""
 _PLACE = ("path", "start_s", "end_s", "clip")
 
 
 def row_keys(table: pa.Table, *, caption: bool = True) -> pa.ChunkedArray:
     """One string per row that is equal for equal rows; without `caption`, for equal clips of equal paths."""
-    columns = [pc.cast(table[name], TEXT) for name in (_ROW if caption else _PLACE)]
+    columns = [pc.cast(table[name], TEXT) for name in (ROW if caption else _PLACE)]
     # No path holds a NUL character, and nothing else can hold one.
     return pc.binary_join_element_wise(*columns, pa.scalar("\0", TEXT), null_handling="replace")
 

@@ -13,10 +13,11 @@ from jobs.gc import gc
 from pipeline import commit
 from pipeline.collect import find_orphans, remove
 from pipeline.generation import pending_units
+from schemas.card import Card
 from schemas.check import check_dataset
 from schemas.dataset import Dataset
 from schemas.errors import DatasetError
-from tests.pipeline.fake import ask, finish, make_dataset, make_rows
+from tests.pipeline.fake import ask, finish, make_dataset, make_rows, write_unit
 
 DAY_S = 24 * 3600.0
 
@@ -101,14 +102,21 @@ def test_names_that_no_run_gives_are_left_alone(dataset: Dataset) -> None:
     assert find_orphans(dataset, older_than_s=DAY_S) == []
 
 
-def test_a_shard_that_is_committed_after_it_was_listed_stays(tmp_path: Path) -> None:
-    """A run makes a unit again whose first try was killed: the shard has the same name."""
+def shards_without_records(tmp_path: Path) -> tuple[Dataset, Card]:
+    """What a run leaves that was killed before every record, more than a day ago."""
     dataset, card = make_dataset(tmp_path / "latents")
     ask(dataset, card, make_rows(tmp_path / "videos", 2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.shard_writer.commit_once", lambda path, data: True)
-        finish_shards(dataset, card)
+        for unit in [*pending_units(dataset, "prompts"), *pending_units(dataset, "latents")]:
+            write_unit(dataset, card, unit)
     age(dataset.root, 2 * DAY_S)
+    return dataset, card
+
+
+def test_a_shard_that_is_committed_after_it_was_listed_stays(tmp_path: Path) -> None:
+    """A run makes a unit again whose first try was killed: the shard has the same name."""
+    dataset, card = shards_without_records(tmp_path)
     listed = find_orphans(dataset, older_than_s=DAY_S)
     assert len(listed) == 2
     finish(dataset, card)
@@ -122,12 +130,7 @@ def test_a_shard_that_is_committed_while_it_is_removed_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, links: bool
 ) -> None:
     """A run publishes it again, and commits, right before or after gc takes it aside."""
-    dataset, card = make_dataset(tmp_path / "latents")
-    ask(dataset, card, make_rows(tmp_path / "videos", 2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.shard_writer.commit_once", lambda path, data: True)
-        finish_shards(dataset, card)
-    age(dataset.root, 2 * DAY_S)
+    dataset, card = shards_without_records(tmp_path)
     listed = find_orphans(dataset, older_than_s=DAY_S)
     rename = os.rename
 
@@ -150,13 +153,6 @@ def test_a_shard_that_is_committed_while_it_is_removed_stays(
     assert find_orphans(dataset, older_than_s=0) == []
     shards = [path.stat() for path in dataset.root.rglob("*.tar")]
     assert all(time.time() - shard.st_mtime < DAY_S for shard in shards), "what was published is there"
-
-
-def finish_shards(dataset: Dataset, card: object) -> None:
-    from tests.pipeline.fake import write_unit
-
-    for unit in [*pending_units(dataset, "prompts"), *pending_units(dataset, "latents")]:
-        write_unit(dataset, card, unit)  # type: ignore[arg-type]
 
 
 def test_a_temp_file_that_is_written_again_stays(dataset: Dataset) -> None:
