@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from schemas.errors import EXIT_FAILED, LatentpressError, MissingExtraError
+from schemas.errors import EXIT_FAILED, ConfigError, LatentpressError, MissingExtraError
 from schemas.store import location
 
 EXTRAS = {
@@ -143,6 +143,86 @@ def preprocess(
     raise typer.Exit(_job("preprocess").run(config, overrides=set_, adopt=adopt, as_json=json_))
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="What the trainer calls data_root (cogvideo), precomputation_dir (finetrainers), its JSONL "
+            "(ttt-video) or cache_directory (musubi).",
+        ),
+    ],
+    output: Annotated[
+        str,
+        typer.Option("-o", "--output", metavar="DATASET", help="Folder, or s3://BUCKET/PREFIX, to write."),
+    ],
+    format_: Annotated[
+        Literal["cogvideo", "finetrainers", "ttt-video", "musubi"],
+        typer.Option("--format", help="The trainer that wrote the cache."),
+    ],
+    vae: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER",
+            help="The VAE the latents are of, as diffusers saves it (or its hub id); no cache names it.",
+        ),
+    ],
+    fps: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            help="Frames per second the trainer took from a clip; no cache holds times. TTT-Video, Wan: 16.",
+        ),
+    ],
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="The text encoder (or pipeline), to make the empty prompt where the cache has none.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="cogvideo: captions, line by line; default: SOURCE/prompts.txt.")
+    ] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="cogvideo: their videos, line by line; default: SOURCE/videos.txt.")
+    ] = None,
+    leave_out: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY", help="Do without what the cache holds under this key, such as clip; repeatable."
+        ),
+    ] = [],  # noqa: B006
+    json_: Json = False,
+) -> None:
+    """Take over latents another trainer cached.
+
+    Latents and prompt embeddings become a dataset like any other, nothing is encoded again; scaled latents
+    are unscaled. What cannot be known is refused, with what to give. Run it again to go on after an
+    interrupt, or to add what the cache gained. docs/import.md tells what each format holds. Example:
+    latentpress import data/train -o latents --format cogvideo --vae CogVideoX-5b/vae --fps 8
+    """
+    _one_thread_per_process()
+    job = _job("import_")
+    raise typer.Exit(
+        job.run(
+            job.ImportOptions(
+                source=source,
+                output=output,
+                format=format_,
+                vae=vae,
+                fps=fps,
+                text_encoder=text_encoder,
+                prompts=prompts,
+                videos=videos,
+                leave_out=tuple(leave_out),
+            ),
+            as_json=json_,
+        )
+    )
+
+
 @app.command()
 def retry(
     dataset: DatasetArgument,
@@ -203,12 +283,23 @@ def inspect(
         typer.Argument(metavar="SAMPLE", help="Start of a sample id, or a source name; default: first."),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG to write.")] = None,
+    drift: Annotated[
+        bool,
+        typer.Option(
+            "--drift",
+            help="Measure instead how far windows of a long clip's latents lie from encoding them alone.",
+        ),
+    ] = False,
     json_: Json = False,
 ) -> None:
     """Draw a sample: source over decoded latents.
 
     A PNG with time stamps, the difference and PSNR.
     """
+    if drift and output is not None:
+        raise ConfigError("--drift draws nothing; leave -o out")
+    if drift:
+        raise typer.Exit(_job("drift").run(dataset, sample=sample, as_json=json_))
     raise typer.Exit(_job("inspect").run(dataset, sample=sample, output=output, as_json=json_))
 
 
@@ -328,6 +419,55 @@ def bench_preprocess(
     raise typer.Exit(_job("bench").preprocess(config, overrides=set_, reps=reps, as_json=json_))
 
 
+@bench.command("encode")
+def bench_encode(
+    config: Config,
+    set_: Set = [],  # noqa: B006
+    dtypes: Annotated[
+        str, typer.Option(help="Types the models run in, such as bfloat16,float32; the config's by default.")
+    ] = "",
+    random: Annotated[
+        str,
+        typer.Option(
+            metavar="FAMILY",
+            help="Encoders of published shapes with random weights in place of the config's: cogvideox, "
+            "wan2.1, wan2.2, hunyuanvideo, ltx or mochi. They are saved to a temporary folder first.",
+        ),
+    ] = "",
+    text: Annotated[bool, typer.Option(help="Measure the text encoder too.")] = True,
+    tiling: Annotated[bool, typer.Option(help="Measure the video encoder in tiles too.")] = True,
+    compile_: Annotated[bool, typer.Option("--compile", help="Measure torch.compile too.")] = False,
+    end_to_end: Annotated[
+        bool, typer.Option(help="Run preprocess on the config's manifest beside the encoder alone.")
+    ] = True,
+    batches: Annotated[int, typer.Option(min=1, help="Batches in one timed run.")] = 3,
+    reps: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are reported.")] = 5,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart to this PNG.")] = None,
+) -> None:
+    """Clips/s, frames/s and memory of the encoders.
+
+    Each bucket and type of a config, fed from memory: the ceiling of preprocessing; and the share of it that
+    a real run on the manifest of the config reaches.
+    """
+    raise typer.Exit(
+        _job("bench_encode").encode(
+            config,
+            overrides=set_,
+            dtypes=dtypes,
+            random=random,
+            text=text,
+            tiling=tiling,
+            compile=compile_,
+            with_run=end_to_end,
+            batches=batches,
+            reps=reps,
+            json_path=json_path,
+            plot_path=plot,
+        )
+    )
+
+
 def _one_thread_per_process() -> None:
     """Before numpy is imported: workers and decoder children fill the cores, BLAS threads only fight them."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -367,7 +507,7 @@ def main() -> None:
         if stop.code != _TYPER_INTERRUPTED:
             raise
         print(
-            "\nlatentpress: interrupted; preprocess and train go on where they were when run again",
+            "\nlatentpress: interrupted; preprocess, import and train go on where they were when run again",
             file=sys.stderr,
         )
         sys.exit(EXIT_FAILED)

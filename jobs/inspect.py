@@ -51,10 +51,10 @@ def inspect_sample(
     name; default: the first sample. DatasetError where there is no such sample or more than one.
     """
     card = read_card(dataset)
-    row = _choose(dataset, sample)
+    row = choose_sample(dataset, sample)
     clip = _clip_record(dataset, row)
     latents = read_tensor(dataset, row, card.latent_tensors[0])
-    decoded = card_encoder(dataset, card).decode(as_float32(latents))
+    decoded = card_encoder(dataset, card).decode(as_float32(latents), tiled=card.is_tiled(row["bucket"]))
     with Redecoder(card, limits=LimitsConfig(), sources=SourcesConfig()) as redecoder:
         found = redecoder.frames(row)
     if not isinstance(found, str) and found.shape != decoded.shape:
@@ -92,7 +92,8 @@ def inspect_sample(
 # ------------------------------------------------------------------------------ the sample
 
 
-def _choose(dataset: str | Path, sample: str | None) -> dict[str, Any]:
+def choose_sample(dataset: str | Path, sample: str | None) -> dict[str, Any]:
+    """The index row of a sample, named as for `inspect_sample`."""
     table = read_index(dataset)
     rows: list[dict[str, Any]] = table.select(["sample_id", "source", "path"]).to_pylist()
     if not rows:
@@ -141,18 +142,23 @@ def _clip_record(dataset: str | Path, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _facts(row: dict[str, Any], clip: dict[str, Any], card: Card) -> list[str]:
+    stored = [
+        f"{row['dtype']} latents {'x'.join(map(str, row['shape']))}",
+        f"sample {row['sample_id'][:12]}",
+    ]
+    frames, resize = card.settings.frames, card.settings.resize
+    if frames is None or resize is None:
+        return [f"imported from {card.imported_from}", row["bucket"], *stored]
     turned = f" rotated {clip['rotation']}°" if clip["rotation"] else ""
     synthetic = {name: len(clip[name]) for name in ("interpolated", "duplicated", "repaired")}
     return [
         f"{clip['codec']} in {clip['container'].split(',')[0]}",
         f"{clip['source_width']}x{clip['source_height']}{turned}, {clip['source_fps']:.4g} fps, "
         f"{clip['duration_s']:.2f} s",
-        f"{row['bucket']} {card.settings.resize.mode}",
-        f"{card.settings.frames.policy} at {clip['effective_fps']:.3g} frames/s over "
-        f"{clip['coverage']:.0%} of the clip",
+        f"{row['bucket']} {resize.mode}",
+        f"{frames.policy} at {clip['effective_fps']:.3g} frames/s over {clip['coverage']:.0%} of the clip",
         *(f"{count} frames {name}" for name, count in synthetic.items() if count),
-        f"{row['dtype']} latents {'x'.join(map(str, row['shape']))}",
-        f"sample {row['sample_id'][:12]}",
+        *stored,
     ]
 
 

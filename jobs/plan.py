@@ -24,8 +24,10 @@ from pipeline.clip import Placed
 from pipeline.graph import manifest_rows, wanted_card
 from pipeline.progress import gated_failures
 from pipeline.sandbox import DecodeRequest, DecoderProcess, decode_settings
+from pipeline.starved import is_starved
 from pipeline.survey import survey
 from pipeline.text_encode import load_text_encoder
+from pipeline.tiling import must_try
 from pipeline.video_encode import load_video_encoder
 from schemas.bucket import bucket_name, video_tokens
 from schemas.card import Card, card_path, read_card
@@ -38,24 +40,31 @@ from schemas.manifest import ManifestRow
 
 _TRIALS = 3
 _SHOWN = 20
+_FOUND_OUT = "found out at the start, with one clip of each bucket"
 
 
 class _Chosen(NamedTuple):
     """A row that is kept."""
 
     row: ManifestRow
-    bucket: BucketConfig
+    shape: BucketConfig
+    """Of each of its clips: the bucket's, with the clip's own number of frames."""
     num_clips: int
+
+    @property
+    def num_frames(self) -> int:
+        """Of all its clips."""
+        return self.shape.num_frames * self.num_clips
 
 
 def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: bool = False) -> int:
     """Plan the run of a config; the exit code of the command. `adopt` as for preprocess."""
     config = load_config(config_path, PreprocessConfig, overrides=overrides)
-    card = wanted_card(config)
-    rows = manifest_rows(config)
     dataset = Dataset(config.output)
-    if card_path(dataset.root).exists():
-        have = read_card(dataset.root)
+    have = read_card(dataset.root) if card_path(dataset.root).exists() else None
+    card = wanted_card(config, have=have)
+    rows = manifest_rows(config)
+    if have is not None:
         if differs := other_settings(dataset, have=have, want=card, adopt=adopt):
             print_json({"other_settings": differs}) if as_json else say_other_settings(dataset, differs)
             return EXIT_USAGE
@@ -84,8 +93,10 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: b
         notes += [{"row": row.number, "source": row.source, "message": note} for note in found.notes]
         leftover += _leftover_s(row, found, config)
         buckets[bucket_name(bucket)] += found.num_clips
-        chosen.append(_Chosen(row, bucket, found.num_clips))
+        shape = bucket.model_copy(update={"num_frames": found.num_frames})
+        chosen.append(_Chosen(row, shape, found.num_clips))
 
+    tiling = card.hard["latents"].get("video_encoder.tiling")
     growth = Growth(dataset, card, config, rows, looked)
     done, failed = growth.done()
     captions = list(dict.fromkeys(row.caption for row in rows))
@@ -93,11 +104,16 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: b
         "rows": len(rows),
         "kept_rows": len(chosen),
         "clips": counts["clips"],
+        "frames": sum(each.num_frames for each in chosen),
+        "frames_per_clip": [pick(each.shape.num_frames for each in chosen) for pick in (min, max)]
+        if chosen
+        else None,
         "changes": growth.outlook.as_dict(),
         "stale": growth.stale(),
         "already_done": done,
         "already_quarantined": failed,
         "buckets": dict(buckets.most_common()),
+        "tiling": _FOUND_OUT if have is None and must_try(config, card) else tiling,
         "drops": dict(drops.most_common()),
         "dropped": dropped,
         "shorter_than_bucket": counts["shorter_than_bucket"],
@@ -106,11 +122,11 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: b
         "notes": notes,
         "captions": len(captions),
         "video_tokens": sum(
-            video_tokens(card.geometry.latent_shape(each.bucket)) * each.num_clips for each in chosen
+            video_tokens(card.geometry.latent_shape(each.shape)) * each.num_clips for each in chosen
         ),
-        "latents_bytes": sum(_latent_bytes(each.bucket, card) * each.num_clips for each in chosen),
-        "prompts_bytes": _prompt_bytes(captions, config),
-        **_estimate(chosen, config, remaining=counts["clips"] - done),
+        "latents_bytes": sum(_latent_bytes(each.shape, card) * each.num_clips for each in _once(chosen)),
+        "prompts_bytes": _prompt_bytes(["", *captions], config),
+        **_estimate(chosen, config, card, remaining=counts["clips"] - done),
     }
     print_json(report) if as_json else _print(report, config, growth)
     if config.frames.short == "error" and drops["too_short"]:
@@ -122,7 +138,7 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: b
 
 def _leftover_s(row: ManifestRow, placed: Placed, config: PreprocessConfig) -> float:
     """Seconds of a row that no clip of it shows; the policies that show the whole row leave nothing."""
-    frames, num_frames = config.frames, config.buckets[placed.bucket].num_frames
+    frames, num_frames = config.frames, placed.num_frames
     if frames.policy not in AT_A_RATE:
         return 0.0
     step = frames.slide_step if frames.clips == "slide" else num_frames
@@ -130,9 +146,14 @@ def _leftover_s(row: ManifestRow, placed: Placed, config: PreprocessConfig) -> f
     return window_s(row, placed) * max(0, placed.num_available - used) / max(1, placed.num_available)
 
 
-def _latent_bytes(bucket: BucketConfig, card: Card) -> int:
+def _once(chosen: Sequence[_Chosen]) -> list[_Chosen]:
+    """Without the rows that share the latents of another, such as those of several captions of a clip."""
+    return list({(each.row.path, each.row.start_s, each.row.end_s): each for each in chosen}.values())
+
+
+def _latent_bytes(shape: BucketConfig, card: Card) -> int:
     item = DTYPES[TAGS[card.settings.video_encoder.dtype]].itemsize
-    return int(np.prod(card.geometry.latent_shape(bucket))) * item * len(card.latent_tensors)
+    return int(np.prod(card.geometry.latent_shape(shape))) * item * len(card.latent_tensors)
 
 
 def _prompt_bytes(captions: Sequence[str], config: PreprocessConfig) -> int:
@@ -143,24 +164,34 @@ def _prompt_bytes(captions: Sequence[str], config: PreprocessConfig) -> int:
     return round(mean * len(captions))
 
 
-def _estimate(chosen: Sequence[_Chosen], config: PreprocessConfig, *, remaining: int) -> dict[str, Any]:
-    """Seconds and bytes of memory, from trial clips spread over the manifest."""
+def _estimate(
+    chosen: Sequence[_Chosen], config: PreprocessConfig, card: Card, *, remaining: int
+) -> dict[str, Any]:
+    """Seconds and bytes of memory, from trial clips spread over the manifest; time goes by frames."""
     encoder = load_video_encoder(config.video_encoder)
     spent = []
     step = max(1, len(chosen) // _TRIALS)
     with DecoderProcess(**decode_settings(config)) as decoder:
-        for row, _, _ in chosen[step // 2 :: step][:_TRIALS]:
+        for row, shape, _ in chosen[step // 2 :: step][:_TRIALS]:
             decoder.submit(DecodeRequest(row.path, start_s=row.start_s, end_s=row.end_s, clip=0))
             try:
                 clip = decoder.result()
             except ClipError:
                 continue
             started = time.perf_counter()
-            encoder.encode(clip.frames[None])
-            spent.append(clip.decode_s + time.perf_counter() - started)
+            tiled = card.is_tiled(bucket_name(config.buckets[clip.bucket]))
+            try:
+                encoder.encode(clip.frames[None], tiled=tiled)
+            except Exception as error:
+                if not is_starved(error):
+                    raise
+                break  # the run finds out what fits
+            spent.append((clip.decode_s + time.perf_counter() - started) / shape.num_frames)
             clip.release()
     parallel = min(config.executor.workers, os.cpu_count() or 1)
-    seconds = statistics.median(spent) * remaining / parallel if spent else None
+    clips = sum(each.num_clips for each in chosen)
+    frames = remaining * sum(each.num_frames for each in chosen) / max(1, clips)
+    seconds = statistics.median(spent) * frames / parallel if spent else None
     of_worker_and_child = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak = 1024 * sum(resource.getrusage(who).ru_maxrss for who in of_worker_and_child)
     return {
@@ -178,6 +209,8 @@ def _print(report: dict[str, Any], config: PreprocessConfig, growth: Growth) -> 
         console.print(f"  ... and {len(report['stale']) - _SHOWN} more (--json lists all)")
     if report["clips"]:
         console.print(count_table("bucket", report["buckets"]))
+    if report["tiling"]:
+        console.print(f"encoded in tiles: {_tiled(report['tiling'])}")
     if report["drops"]:
         console.print(count_table("dropped", report["drops"], unit="rows"))
         _print_rows(report["dropped"])
@@ -191,12 +224,15 @@ def _print(report: dict[str, Any], config: PreprocessConfig, growth: Growth) -> 
         done += f", {report['already_quarantined']} of them quarantined and not tried again"
     facts.add_row("rows", f"{report['rows']} ({into}{count_of(report['clips'], 'clip')}{done})")
     facts.add_row(
-        "shorter than bucket",
+        "shorter than a clip",
         f"{count_of(report['shorter_than_bucket'], 'row')} (frames.short = {config.frames.short!r}), "
         f"{report['slowed_beyond_2x']} of them slowed beyond 2x",
     )
     if config.frames.policy in AT_A_RATE:
         facts.add_row("in no clip", f"{duration(report['leftover_s'])} of video at the ends of rows")
+    if config.frames.clips == "whole" and report["frames_per_clip"]:
+        shortest, longest = report["frames_per_clip"]
+        facts.add_row("frames", f"{report['frames']:,}, {shortest} to {longest} a clip")
     facts.add_row("video tokens", f"{report['video_tokens']:,}")
     facts.add_row("disk", f"latents {size(report['latents_bytes'])}, prompts {size(report['prompts_bytes'])}")
     if report["estimated_s"] is not None:
@@ -208,6 +244,13 @@ def _print(report: dict[str, Any], config: PreprocessConfig, growth: Growth) -> 
             f"(from {count_of(report['trial_clips'], 'trial clip')})",
         )
     console.print(facts)
+
+
+def _tiled(tiling: str | dict[str, Any]) -> str:
+    """Names of the buckets that are, or when that is known."""
+    if isinstance(tiling, str):
+        return tiling
+    return ", ".join(name for name, sizes in tiling.items() if sizes) or "no bucket"
 
 
 def _print_rows(rows: Sequence[dict[str, Any]]) -> None:

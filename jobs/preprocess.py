@@ -59,13 +59,14 @@ def report(config: PreprocessConfig, summary: dict[str, Any], *, ran: bool, over
         )
     if summary["reasons"]:
         console.print(count_table("reason", summary["reasons"]))
+    latents = summary["last_run"].get("latents") if ran else None
     if not ran:
         console.print("nothing to do: everything asked for is committed")
-    elif latents := summary["last_run"].get("latents"):
+    elif latents:
         executor = summary["last_run"]["executor"]
         console.print(
             f"{latents['clips']} clips in {latents['wall_s']:.1f} s = {latents['clips_per_s']:.2f} clips/s "
-            f"on {executor['kind']} x {executor['workers']}; bottleneck: {latents['bottleneck']}"
+            f"on {executor['kind']} x {executor['workers']}, after {latents['start_s']:.1f} s of start-up"
         )
     console.print(f"dataset: {config.output}  (summary.json, index.parquet, quarantine.parquet)")
     if over:
@@ -73,3 +74,5 @@ def report(config: PreprocessConfig, summary: dict[str, Any], *, ran: bool, over
         console.print(
             f"quarantined {rate:.1%} of the clips, over quarantine.max_rate = {allowed:.1%}: exit 3"
         )
+    if latents and latents["advice"]:
+        console.print(f"bottleneck: {latents['advice']}")

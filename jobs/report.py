@@ -161,7 +161,7 @@ class Report:
             if any(self._counts[name].values()):
                 facts.add_row(name, _listed(self._counts[name]))
         if clips := self._counts["clips"]:
-            rest = f"rows shorter than their bucket {clips['shorter_than_bucket']}, "
+            rest = f"rows shorter than a clip {clips['shorter_than_bucket']}, "
             rest += f"slowed beyond 2x {clips['slowed_beyond_2x']}"
             facts.add_row("clips", f"{clips['clips']}; {rest}")
         if self._copies:
@@ -189,8 +189,8 @@ def _listed(counts: Counter[str]) -> str:
 
 
 def clip_counts(placed: Placed, config: PreprocessConfig) -> dict[str, int]:
-    """What one good row adds: its clips, and 1 where they are short, or slowed by filling up the bucket."""
-    num_frames = config.buckets[placed.bucket].num_frames
+    """What one good row adds: its clips, and 1 where they are short, or slowed by filling them up."""
+    num_frames = placed.num_frames
     fills = config.frames.short in ("interpolate", "nearest")
     return {
         "clips": placed.num_clips,

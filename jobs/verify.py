@@ -49,7 +49,7 @@ def verify(
         from pipeline.graph import wanted_card
 
         settings = load_config(config, PreprocessConfig, overrides=overrides)
-        refuse_stale(location(dataset), have=card, want=wanted_card(settings))
+        refuse_stale(location(dataset), have=card, want=wanted_card(settings, have=card))
     if min_psnr is not None and not samples:
         raise ConfigError("--min-psnr is the gate of samples that are decoded again; give --sample N with it")
     live = sys.stderr.isatty()

@@ -33,7 +33,7 @@ from schemas.history import (
 )
 from schemas.index import read_index, read_quarantine
 from schemas.manifest import ManifestRow
-from schemas.sample import Family, caption_digest, sample_id
+from schemas.sample import EMPTY_PROMPT_UNIT, Family, caption_digest, sample_id
 
 _NOTED = ("source", "size", "mtime_ns", "clips", "extra")
 """What is written down of a row and may change without making anything stale."""
@@ -82,6 +82,9 @@ def find_changes(
     for family in KEY:
         unit, fresh = _units(history, family, asked)
         lacking = _left_out(dataset, history, family, keys[family], unit, done=finished[family])
+        if family == "prompts":
+            empty = pc.equal(keys[family], card.empty_prompt).to_numpy()
+            unit[empty], fresh[empty], lacking[empty] = EMPTY_PROMPT_UNIT, False, False
         units[family] = _allot(keys[family], unit, fresh | lacking, history.next_unit(family), unit_rows)
         left_out |= lacking
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 from pydantic import BaseModel, StringConstraints, TypeAdapter
 
 from pipeline.clip import ClipRecord, Placed
-from schemas.config import BucketConfig, FramesConfig, LimitsConfig
+from schemas.config import SEVERAL, BucketConfig, FramesConfig, LimitsConfig
 
 TEXT_CHARS = 2000
 """Of a text from the child."""
@@ -99,12 +99,17 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text[:TEXT_CHARS])
 
 
-def check_decoded(answer: DecodedAnswer, *, clip: int, buckets: Sequence[BucketConfig]) -> None:
-    """BadAnswer where the frames are not those of a bucket, or its record not one of such frames."""
+def check_decoded(
+    answer: DecodedAnswer, *, clip: int, buckets: Sequence[BucketConfig], lengths: Sequence[Sequence[int]]
+) -> None:
+    """BadAnswer where the frames are not those of a bucket and of one of its `lengths`, or the record not
+    one of such frames."""
     _require(0 <= answer.bucket < len(buckets), "bucket")
     bucket, record = buckets[answer.bucket], answer.record
-    frames = range(bucket.num_frames)
-    _require(answer.shape == [bucket.num_frames, bucket.height, bucket.width, 3], "shape")
+    num_frames = answer.shape[0] if answer.shape else 0
+    _require(num_frames in lengths[answer.bucket], "length")
+    frames = range(num_frames)
+    _require(answer.shape == [num_frames, bucket.height, bucket.width, 3], "shape")
     _require(len(record.pts_s) == len(record.frame_weights) == len(frames), "number of frames")
     positions = (*record.interpolated, *record.duplicated, *record.repaired)
     _require(all(position in frames for position in positions), "position")
@@ -113,15 +118,17 @@ def check_decoded(answer: DecodedAnswer, *, clip: int, buckets: Sequence[BucketC
 
 
 def check_placed(
-    placed: Placed, *, buckets: Sequence[BucketConfig], frames: FramesConfig, limits: LimitsConfig
+    placed: Placed, *, lengths: Sequence[Sequence[int]], frames: FramesConfig, limits: LimitsConfig
 ) -> None:
-    """BadAnswer where there is no such bucket, or more clips than a file within the limits can hold."""
+    """BadAnswer where there is no such bucket, none of its `lengths`, or more clips than a file within the
+    limits can hold."""
     info = placed.info
-    _require(0 <= placed.bucket < len(buckets), "bucket")
+    _require(0 <= placed.bucket < len(lengths), "bucket")
+    _require(placed.num_frames in lengths[placed.bucket], "length")
     sizes = (info.width, info.height, info.display_width, info.display_height, info.num_pictures)
     _require(min(sizes) > 0 and min(info.fps, info.duration_s) >= 0, "file")
     most = max(limits.max_frames, math.ceil(limits.max_seconds * frames.target_fps))
-    _require(1 <= placed.num_clips <= (1 if frames.clips == "head" else most), "number of clips")
+    _require(1 <= placed.num_clips <= (most if frames.clips in SEVERAL else 1), "number of clips")
 
 
 def _require(holds: bool, what: str) -> None:

@@ -66,6 +66,8 @@ class Placed:
     info: ClipInfo
     bucket: int
     """Position in the config's buckets."""
+    num_frames: int
+    """Of each of its samples."""
     num_available: int
     """Frames its window fills without repeating or blending."""
     num_clips: int

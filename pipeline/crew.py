@@ -24,6 +24,8 @@ class Task:
     """Key of the row that is tried alone; its outcome is thrown away."""
     condemned: Mapping[str, FailureRecord] = field(default_factory=dict)
     """Rows that are not to be touched, and the failure each becomes."""
+    then: Unit | None = None
+    """What its worker will most likely be given next, to be decoded ahead."""
 
     @property
     def name(self) -> str:
@@ -80,6 +82,10 @@ class Crew(Protocol):
     workers: int
     depth: int
     """Tasks a worker holds at once."""
+
+    @property
+    def gpu_names(self) -> list[str]:
+        """Of the GPUs in use, each name once."""
 
     def give(self, worker: int, task: Task) -> None: ...
 

@@ -36,6 +36,7 @@ from pipeline.pictures import Backend, Outcome, PictureDecoder
 from pipeline.placement import Placement, Window, place
 from pipeline.take import Take
 from pipeline.timeline import Timeline
+from schemas.bucket import own_lengths
 from schemas.config import BucketConfig, DecodeConfig, FramesConfig, LimitsConfig, PictureConfig, ResizeConfig
 from schemas.errors import ClipError
 
@@ -50,6 +51,7 @@ def decode_clip(
     clip: int = 0,
     frames: FramesConfig,
     buckets: Sequence[BucketConfig],
+    lengths: Sequence[Sequence[int]] | None = None,
     resize: ResizeConfig,
     picture: PictureConfig = _PICTURE,
     decode: DecodeConfig = _DECODE,
@@ -59,11 +61,12 @@ def decode_clip(
 ) -> tuple[np.ndarray, int, ClipRecord]:
     """Frames [F, H, W, 3] of the clip, the position of their bucket, and their record.
 
-    `clip`: which of the clips of its window. `buffer`, flat uint8 large enough for any bucket, takes the
+    `lengths` as of a `Window`; unset, a clip has its bucket's num_frames. `clip`: which of the clips of its
+    window. `buffer`, flat uint8 large enough for any bucket, takes the
     frames if given; the result is then a view of it. `last` keeps the file open for its next row.
     ClipError where the file or the window cannot become a sample.
     """
-    window = Window(frames, buckets, start_s, end_s, clip)
+    window = Window(frames, buckets, lengths or own_lengths(buckets), start_s, end_s, clip)
     settings = _Settings(window, resize, picture, decode, limits, buffer)
     with (open_media if last is None else last.open)(path, limits=limits, threads=decode.threads) as media:
         check_color(media.color, picture)

@@ -9,19 +9,25 @@ a word and stops at the same unit again. `executor.kind = "ray"` survives it and
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from pipeline.commit import Committing
 from pipeline.crew import Crew, Event, Failed, Finished, Ready, Task
+from pipeline.decoders import DecoderShare
 from pipeline.foreman import Foreman
 from pipeline.generation import Unit
 from pipeline.unit import UnitResult, UnitWorker, result_of
 from schemas.card import Card
-from schemas.config import PreprocessConfig
+from schemas.config import ExecutorConfig, PreprocessConfig
 from schemas.dataset import Dataset
 from schemas.store import is_url
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -29,13 +35,9 @@ def open_executor(
     config: PreprocessConfig, card: Card, *, committing: Committing, note: Callable[[str, str], None]
 ) -> Iterator[Foreman]:
     """A foreman with the crew that the config asks for, closed at the end; `note` as for `Foreman`."""
-    settings = config.executor
     dataset = Dataset(config.output)
-    use_ray = settings.kind == "ray" or (
-        settings.kind == "auto" and (settings.workers > 1 or settings.address != "")
-    )
     crew: Crew
-    if use_ray:
+    if uses_ray(config.executor):
         from pipeline.ray_crew import RayCrew
 
         crew = RayCrew(config, card, committing=committing)
@@ -54,17 +56,48 @@ def open_executor(
         crew.close()
 
 
+def uses_ray(settings: ExecutorConfig) -> bool:
+    """Whether units run in Ray actors."""
+    asked = settings.workers > 1 or settings.address != "" or settings.decode_actors > 0
+    return settings.kind == "ray" or (settings.kind == "auto" and asked)
+
+
+def in_worker(config: PreprocessConfig, function: Callable[..., Result], *args: Any) -> Result:
+    """The result of a function run where, and with what, a worker will run: in this process for `local`, else
+    in a process of Ray's that ends with it. What it raises is raised here.
+
+    The function and its arguments must pickle, and so must its result. Ray stays up for the executor that
+    follows, or until this process ends.
+    """
+    if not uses_ray(config.executor):
+        return function(*args)
+    from pipeline.ray_cluster import RayCluster
+
+    return RayCluster(config).run(function, *args)
+
+
 class LocalCrew:
     """One unit after another in this process; decoding runs ahead in its children."""
 
     name = "local"
+    workers = 1
     depth = 1
 
     def __init__(self, config: PreprocessConfig, card: Card, *, committing: Committing) -> None:
-        self.workers = config.executor.workers
-        self._worker = UnitWorker(config, card, committing, decoders=self.workers)
+        fixed, least = config.executor.decoders_per_worker, config.executor.workers
+        share = DecoderShare(fixed or least, fixed or max(least, len(os.sched_getaffinity(0))))
+        self._worker = UnitWorker(config, card, committing, share)
         self._given: Task | None = None
         self._said_ready = False
+
+    @property
+    def gpu_names(self) -> list[str]:
+        """Of the GPU that an encoder used, which has loaded torch then."""
+        if "torch" not in sys.modules:
+            return []
+        import torch
+
+        return [torch.cuda.get_device_name()] if torch.cuda.is_initialized() else []
 
     def give(self, worker: int, task: Task) -> None:
         self._given = task
@@ -78,7 +111,7 @@ class LocalCrew:
             return None
         task, self._given = self._given, None
         try:
-            return Finished(0, task, self._worker.run(task.unit, condemned=task.condemned))
+            return Finished(0, task, self._worker.run(task.unit, condemned=task.condemned, then=task.then))
         except Exception as error:
             return Failed(0, task, error)
 

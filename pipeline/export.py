@@ -23,17 +23,19 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from schemas.adoption import adoption_notes
 from schemas.card import Card, read_card
 from schemas.codec import Tensor, as_float32, encode_sample
 from schemas.dataset import Dataset
 from schemas.errors import ConfigError, DatasetError, MissingExtraError
-from schemas.index import read_tensor
+from schemas.index import PROMPT_TENSORS, lacks_empty_prompt, read_empty_prompt, read_tensor
 from schemas.tables import open_sealed
 
-PROMPT_TENSORS = ("prompt_embeds", "prompt_mask")
+if TYPE_CHECKING:
+    import zarr
+
 CHUNK_BYTES = 1 << 20
 """Zarr: latent frames are grouped into chunks of about this size, at least one frame each."""
 _BATCH = 1024
@@ -46,21 +48,27 @@ _TOLD = (
 """Columns of the index that mean something outside of the dataset."""
 _DIMENSIONS = {
     **dict.fromkeys(("mean", "logvar", "latents"), ("time", "channel", "height", "width")),
+    **dict.fromkeys(
+        ("image_mean", "image_logvar", "image_latents"), ("first_frame", "channel", "height", "width")
+    ),
     "prompt_embeds": ("token", "embedding"),
     "prompt_mask": ("token",),
 }
 _SHAPES = (
     "mean, logvar, latents: [T, C, H, W]; prompt_embeds: [S, D]; prompt_mask: [S]. `mean` and `logvar` are "
     "the moments of the posterior: draw mean + exp(logvar / 2) * noise, or take the mean. Latents are "
-    "unscaled: apply `scaling` to what was drawn (factor: x * factor; per_channel: (x - mean) / std, by C) "
-    "before a diffusion model sees it."
+    "unscaled: apply `scaling` to what is drawn (factor: (x - shift) * factor; per_channel: (x - mean) / std "
+    "* factor, by C; per_channel_and_frame: by C and T) before a diffusion model sees it. `image` says where "
+    "the encoding of a clip's first frame alone is: in the clip's first latent frame, or apart, as "
+    "image_... [1, C, H, W]; with `image_scaling` inverted it is divided by the factor."
 )
 HOW_TO_READ = {
     "webdataset": "webdataset.WebDataset(SHARDS, shardshuffle=False), SHARDS being those in `shards`; then "
     "safetensors.torch.load(sample['latents.safetensors']), the same for 'prompt_embeds.safetensors', and "
-    "json.loads(sample['json']). " + _SHAPES,
+    "json.loads(sample['json']). `empty_prompt.safetensors` is the prompt of no caption. " + _SHAPES,
     "zarr": "xarray.open_zarr(FOLDER, group='00000000', consolidated=False), or zarr.open_group(FOLDER); a "
-    "group per sample, latents in chunks over time, so a window of a long clip reads its chunks only. "
+    "group per sample, latents in chunks over time, so a window of a long clip reads its chunks only; the "
+    "group `empty_prompt` is the prompt of no caption. "
     "bfloat16 values are stored as the float32 numbers they are. " + _SHAPES,
 }
 
@@ -98,7 +106,10 @@ def read_samples(dataset: str | Path, card: Card) -> Iterator[Sample]:
         for row in batch.to_pylist():
             yield Sample(
                 key=f"{position:08d}",
-                latents={name: read_tensor(dataset, row, name) for name in card.latent_tensors},
+                latents={
+                    name: read_tensor(dataset, row, name)
+                    for name in (*card.latent_tensors, *card.image_tensors)
+                },
                 prompt={name: read_tensor(dataset, row, name) for name in PROMPT_TENSORS},
                 meta=_meta(row, card),
             )
@@ -142,7 +153,7 @@ def describe(dataset: str | Path, card: Card, *, form: str) -> dict[str, Any]:
     """What a reader of an export must know, as one JSON value; `notes` tells of settings adopted in place of
     those in `hard`."""
     told = card.model_dump(mode="json")
-    names = ("scaling", "geometry", "fingerprint", "hard", "soft")
+    names = ("scaling", "geometry", "image", "image_scaling", "fingerprint", "hard", "soft")
     notes = {"notes": adoption_notes(dataset)}
     return {"how_to_read": HOW_TO_READ[form], **{name: told[name] for name in names}, **notes}
 
@@ -151,12 +162,15 @@ def describe(dataset: str | Path, card: Card, *, form: str) -> dict[str, Any]:
 
 
 def to_webdataset(dataset: str | Path, folder: Path, *, shard_bytes: int) -> Iterator[Written]:
-    """`samples-000000.tar` ... and `dataset.json` in `folder`; yields after every sample.
+    """`samples-000000.tar` ..., `empty_prompt.safetensors` and `dataset.json` in `folder`; yields after every
+    sample.
 
     A shard is closed once it holds `shard_bytes`. Each sample is `<key>.latents.safetensors`,
     `<key>.prompt_embeds.safetensors` and `<key>.json`; equal datasets give equal bytes.
     """
     card, written = read_card(dataset), Written()
+    if not lacks_empty_prompt(dataset):
+        (folder / "empty_prompt.safetensors").write_bytes(encode_sample(read_empty_prompt(dataset))[0])
     with contextlib.ExitStack() as shard:
         tar: tarfile.TarFile | None = None
         path = folder
@@ -201,7 +215,7 @@ def _json(value: dict[str, Any], *, indent: int | None = None) -> bytes:
 
 
 def to_zarr(dataset: str | Path, folder: Path) -> Iterator[Written]:
-    """A Zarr v3 hierarchy in `folder`, a group per sample; yields after every sample.
+    """A Zarr v3 hierarchy in `folder`, a group per sample and `empty_prompt`; yields after every sample.
 
     Latents [T, C, H, W] are chunked over time in pieces of about CHUNK_BYTES; dimensions are named, so
     that `xarray.open_zarr` reads a group. The hierarchy's own attributes are `describe`.
@@ -212,21 +226,30 @@ def to_zarr(dataset: str | Path, folder: Path) -> Iterator[Written]:
         raise MissingExtraError("zarr", "zarr") from None
     card, written = read_card(dataset), Written()
     root = zarr.open_group(folder, mode="w", zarr_format=3, attributes=describe(dataset, card, form="zarr"))
+    if not lacks_empty_prompt(dataset):
+        _create_arrays(root.create_group("empty_prompt"), read_empty_prompt(dataset))
     for sample in read_samples(dataset, card):
         group = root.create_group(sample.key, attributes=sample.meta)
-        for name, tensor in {**sample.latents, **sample.prompt}.items():
-            values = as_float32(tensor) if tensor.dtype == "BF16" else tensor.data
-            frame_bytes = values.nbytes // len(values)
-            length = min(len(values), max(1, CHUNK_BYTES // frame_bytes))
-            array = group.create_array(
-                name,
-                shape=values.shape,
-                chunks=(length, *values.shape[1:]),
-                dtype=values.dtype,
-                dimension_names=_DIMENSIONS[name],
-                attributes={"stored_dtype": tensor.dtype},
-            )
-            array[...] = values
-            written.nbytes += values.nbytes
+        written.nbytes += _create_arrays(group, {**sample.latents, **sample.prompt})
         written.samples += 1
         yield written
+
+
+def _create_arrays(group: zarr.Group, tensors: dict[str, Tensor]) -> int:
+    """The bytes of their values, before compression."""
+    nbytes = 0
+    for name, tensor in tensors.items():
+        values = as_float32(tensor) if tensor.dtype == "BF16" else tensor.data
+        frame_bytes = values.nbytes // len(values)
+        length = min(len(values), max(1, CHUNK_BYTES // frame_bytes))
+        array = group.create_array(
+            name,
+            shape=values.shape,
+            chunks=(length, *values.shape[1:]),
+            dtype=values.dtype,
+            dimension_names=_DIMENSIONS[name],
+            attributes={"stored_dtype": tensor.dtype},
+        )
+        array[...] = values
+        nbytes += values.nbytes
+    return nbytes

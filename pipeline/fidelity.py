@@ -25,10 +25,11 @@ from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess
 from pipeline.source import Source, same_content
 from pipeline.video_encode import VideoEncoder, load_video_encoder, stored_latents
 from schemas.adoption import is_adopted
-from schemas.card import Card
+from schemas.bucket import clip_lengths
+from schemas.card import UNKNOWN, Card
 from schemas.codec import as_float32
 from schemas.config import LimitsConfig, SourcesConfig
-from schemas.errors import ClipError, RunError, StaleDatasetError
+from schemas.errors import ClipError, ConfigError, DatasetError, RunError, StaleDatasetError
 from schemas.history import positions
 from schemas.index import read_index, read_tensor
 from schemas.scaling import scale
@@ -55,6 +56,7 @@ _NEEDED = (
     "shard",
     "dtype",
     "shape",
+    "bucket",
 )
 
 
@@ -85,30 +87,25 @@ class Redecoder:
 
     def __init__(self, card: Card, *, limits: LimitsConfig, sources: SourcesConfig) -> None:
         """`sources`: which remote videos may be fetched."""
-        settings = card.settings
+        self._imported_from = card.imported_from
         self._fetcher = Fetcher(sources, limits)
-        self._decoder = DecoderProcess(
-            frames=settings.frames,
-            buckets=settings.buckets,
-            resize=settings.resize,
-            limits=limits,
-            picture=settings.picture,
-            decode=settings.decode,
-            slots=1,
-        )
+        self._decoder = None if card.imported_from else _decoder(card, limits)
         self._held: Clip | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._decoder.close()
+        if self._decoder is not None:
+            self._decoder.close()
 
     def frames(self, row: dict[str, Any]) -> np.ndarray | str:
         """uint8 [F, H, W, 3], valid until the next call; or why there are none."""
         if self._held is not None:
             self._held.release()
             self._held = None
+        if self._decoder is None:
+            return f"imported from a cache of {self._imported_from}, which does not say how frames were taken"
         path, listed = row["path"], Source(row["source_digest"], size=-1, mtime_ns=-1)
         if not is_url(path) and not Path(path).exists():
             return f"source file {path} is gone"
@@ -125,12 +122,44 @@ class Redecoder:
         return self._held.frames
 
 
+def _decoder(card: Card, limits: LimitsConfig) -> DecoderProcess:
+    """One that does what the card says; DatasetError where that is not known."""
+    settings = card.settings
+    frames, text = settings.frames, settings.text_encoder
+    resize, picture, decode = settings.resize, settings.picture, settings.decode
+    if frames is None or text is None or resize is None or picture is None or decode is None:
+        raise DatasetError("the card of this dataset does not say how its frames were taken")
+    return DecoderProcess(
+        frames=frames,
+        buckets=settings.buckets,
+        lengths=clip_lengths(
+            settings.buckets,
+            card.geometry,
+            frames=frames,
+            target=settings.target,
+            text_length=text.max_length,
+        ),
+        resize=resize,
+        limits=limits,
+        picture=picture,
+        decode=decode,
+        slots=1,
+    )
+
+
 def card_encoder(dataset: str | Path, card: Card) -> VideoEncoder:
     """The encoder the card names; refused where this version's numbers mean something else."""
-    encoder = load_video_encoder(card.settings.video_encoder)
+    # Where it ran, and whether compiled, is not what it means; image latents are not decoded.
+    settings = card.settings.video_encoder.model_copy(
+        update={"device": "auto", "compile": False, "image_latents": False}
+    )
+    try:
+        encoder = load_video_encoder(settings)
+    except ConfigError as error:
+        raise DatasetError(f"{dataset}: its video encoder cannot be had: {error}") from error
     for field, value in encoder.hard_fields().items():
         made_with = card.hard["latents"].get(f"video_encoder.{field}")
-        if made_with != value and not is_adopted(dataset, f"video_encoder.{field}", value):
+        if made_with not in (value, UNKNOWN) and not is_adopted(dataset, f"video_encoder.{field}", value):
             raise StaleDatasetError(
                 f"{dataset} was encoded with video_encoder.{field} = {made_with!r}, this is {value!r}: "
                 "its latents cannot be decoded here"
@@ -171,23 +200,23 @@ def compare(
                 yield NotCompared(*names, note=frames)
                 continue
             stored = as_float32(read_tensor(dataset, row, card.latent_tensors[0]))
-            fresh = _encoded(encoder, frames, card, row["sample_id"])
+            fresh = _encoded(encoder, frames, card, row)
             if fresh.shape != stored.shape:
                 yield Fidelity(*names, psnr_db=0.0, worst_frame_db=0.0, difference=1.0)
                 continue
-            psnr = frame_psnr(frames, encoder.decode(stored))
+            psnr = frame_psnr(frames, encoder.decode(stored, tiled=card.is_tiled(row["bucket"])))
             mean = round(float(np.mean(psnr)), 2)
             yield Fidelity(*names, mean, min(psnr), latent_difference(stored, fresh, card))
 
 
-def _encoded(encoder: VideoEncoder, frames: np.ndarray, card: Card, sample_id: str) -> np.ndarray:
+def _encoded(encoder: VideoEncoder, frames: np.ndarray, card: Card, row: dict[str, Any]) -> np.ndarray:
     """What would be stored of `frames` today, float32 [T, C, H, W]."""
-    moments = encoder.encode(frames[None])
+    moments = encoder.encode(frames[None], tiled=card.is_tiled(row["bucket"]))
     tensors = stored_latents(
         {name: value[0] for name, value in moments.items()},
         config=card.settings.video_encoder,
         seed=card.hard["latents"].get("seed", 0),
-        sample_id=sample_id,
+        sample_id=row["sample_id"],
     )
     return as_float32(tensors[card.latent_tensors[0]])
 

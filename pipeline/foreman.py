@@ -16,6 +16,7 @@ kept here that a next run needs, so deaths are counted anew by each run.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import random
 import time
@@ -25,9 +26,10 @@ from dataclasses import dataclass, field
 
 from pipeline.crew import Crew, Died, Failed, Finished, Ready, Task
 from pipeline.generation import Unit
+from pipeline.starved import EncoderStarved, is_starved
 from pipeline.unit import UnitResult
 from schemas.errors import LatentpressError, RunError
-from schemas.sample import FailureRecord
+from schemas.sample import FailureRecord, Family
 
 DEATHS = 2
 """So often a unit may take its worker down before its rows are tried alone, and a row before it fails."""
@@ -46,6 +48,10 @@ STOPS_AT_ONCE = {
 }
 """Errors that do not pass by themselves."""
 RESUMES = "What is committed stays; run the same command again"
+
+
+_Key = tuple[Family, int, str | None]
+"""A task: the family and number of its unit, and the row it is about."""
 
 
 @dataclass
@@ -79,31 +85,38 @@ class Foreman:
         self._fruitless: defaultdict[int, set[object]] = defaultdict(set)
         """What each worker died over since it last finished something."""
 
+    @property
+    def gpu_names(self) -> list[str]:
+        """Of the GPUs in use."""
+        return self._crew.gpu_names
+
     def run(self, units: Sequence[Unit]) -> Iterator[UnitResult]:
         """Every unit's result once, in the order they come in; RunError where the run must stop."""
         self._units = units
         self._fresh = [*range(len(units))][::-1]
         """Places in `units`, which may describe a unit only when it is taken."""
+        self._reserved: dict[int, Unit] = {}
+        """The fresh unit that each worker was told it will get next."""
         self._todo: deque[Task] = deque()
         """What is to be done before any fresh unit."""
         self._later: list[tuple[float, Task]] = []
         self._flying = 0
-        self._trials: dict[int, _Trial] = {}
-        self._deaths: Counter[tuple[int, str | None, bool]] = Counter()
-        self._starved: Counter[tuple[int, str | None]] = Counter()
-        self._failures: Counter[tuple[int, str | None]] = Counter()
-        self._shunned: dict[tuple[int, str | None], int] = {}
+        self._trials: dict[_Key, _Trial] = {}
+        self._deaths: Counter[tuple[_Key, bool]] = Counter()
+        self._starved: Counter[_Key] = Counter()
+        self._failures: Counter[_Key] = Counter()
+        self._shunned: dict[_Key, int] = {}
         self._alone = True
         while True:
             yield from self._hand_out()
-            if not (self._fresh or self._todo or self._later or self._flying):
+            if not (self._fresh or self._reserved or self._todo or self._later or self._flying):
                 return
             pause = max(0.0, min(when for when, _ in self._later) - time.monotonic()) if self._later else None
             match self._crew.next(pause):
                 case Ready(worker):
                     self._free[worker] = self._crew.depth
                 case Finished(worker, task, result):
-                    self._returned(worker)
+                    self._returned(worker, task)
                     if result is None or result.kept or not task.condemned:
                         self._fruitless.pop(worker, None)
                     if result is None:
@@ -112,7 +125,7 @@ class Foreman:
                         self._share(result)
                         yield result
                 case Failed(worker, task, error):
-                    self._returned(worker)
+                    self._returned(worker, task)
                     self._try_later(task, error)
                 case Died() as death:
                     self._free.pop(death.worker, None)
@@ -122,9 +135,14 @@ class Foreman:
     def close(self) -> None:
         self._crew.close()
 
-    def _returned(self, worker: int) -> None:
-        self._free[worker] += 1
+    def _returned(self, worker: int, task: Task) -> None:
+        self._free[worker] += self._room_for(task)
         self._flying -= 1
+
+    def _room_for(self, task: Task) -> int:
+        """A row that is tried has its worker to itself: behind another one it would not be known which of them
+        a death was over, since an answer can be lost with the worker that gave it."""
+        return 1 if task.row is None else self._crew.depth
 
     def _hand_out(self) -> Iterator[UnitResult]:
         """Give every worker what it can take; the results of units that turn out to be committed."""
@@ -138,9 +156,9 @@ class Foreman:
                 self._share(result)
                 yield result
                 continue
-            self._free[worker] -= 1
+            self._free[worker] -= self._room_for(task)
             self._flying += 1
-            self._crew.give(worker, task)
+            self._crew.give(worker, self._with_hint(worker, task))
 
     def _choose(self) -> tuple[int, Task] | None:
         """The first task that a worker can take, taken off its list, and the worker with most room.
@@ -151,12 +169,33 @@ class Foreman:
             if self._free[worker] == 0:
                 return None
             for i, task in enumerate(self._todo):
-                if len(self._free) == 1 or self._shunned.get(_key(task)) != worker:
-                    del self._todo[i]
-                    return worker, task
-            if self._fresh:
-                return worker, Task(self._units[self._fresh.pop()])
+                if len(self._free) > 1 and self._shunned.get(_key(task)) == worker:
+                    continue
+                if self._free[worker] < self._room_for(task):
+                    break  # this worker waits until it is idle
+                del self._todo[i]
+                return worker, task
+            else:
+                if (unit := self._fresh_unit(worker)) is not None:
+                    return worker, Task(unit)
         return None
+
+    def _fresh_unit(self, worker: int) -> Unit | None:
+        """What the worker was promised, else one that nobody was, else what another one was."""
+        if worker not in self._reserved and self._fresh:
+            return self._units[self._fresh.pop()]
+        promised = worker if worker in self._reserved else next(iter(self._reserved), None)
+        return None if promised is None else self._reserved.pop(promised)
+
+    def _with_hint(self, worker: int, task: Task) -> Task:
+        """A unit with the one to decode ahead of, which stays reserved for this worker while others have
+        work. What comes between, a row tried alone or a unit tried again, makes the hint wrong: that costs
+        the worker a few clips decoded in vain."""
+        if task.row is not None:
+            return task
+        if worker not in self._reserved and self._fresh:
+            self._reserved[worker] = self._units[self._fresh.pop()]
+        return dataclasses.replace(task, then=self._reserved.get(worker))
 
     def _share(self, result: UnitResult) -> None:
         """Where another driver is at work, leave its order, so that the two seldom run the same unit."""
@@ -167,7 +206,7 @@ class Foreman:
     def _try_later(self, task: Task, error: Exception) -> None:
         if isinstance(error, LatentpressError):
             raise error
-        if not _is_starved(error) and not isinstance(error, OSError):
+        if not is_starved(error) and not isinstance(error, OSError):
             raise error
         self._failures[_key(task)] += 1
         count = self._failures[_key(task)]
@@ -201,14 +240,15 @@ class Foreman:
 
     def _blame(self, task: Task, death: Died) -> None:
         unit = task.unit
+        whole: _Key = (unit.family, unit.number, None)
         if death.starved:
             self._starved[_key(task)] += 1
             if self._starved[_key(task)] > RETRIES:
                 raise RunError(f"{task.name} ran out of memory {RETRIES + 1} times: {_LOWER}. {RESUMES}")
             self._todo.append(task)
             return
-        self._deaths[*_key(task), unit.number in self._trials] += 1
-        deaths = self._deaths[*_key(task), unit.number in self._trials]
+        self._deaths[_key(task), whole in self._trials] += 1
+        deaths = self._deaths[_key(task), whole in self._trials]
         if deaths < DEATHS:
             self._todo.appendleft(task)
         elif task.row is not None:
@@ -216,14 +256,14 @@ class Foreman:
             if unit.family == "prompts":  # a caption belongs to many rows, and none can do without
                 raise RunError(f"{task.name}: {message}. Remove or change that caption. {RESUMES}")
             self._note("row_condemned", f"{task.name}: {message}")
-            self._trials[unit.number].condemned[task.row] = FailureRecord(
+            self._trials[whole].condemned[task.row] = FailureRecord(
                 key=task.row, stage="encode", reason="worker_crash", message=message, attempts=DEATHS
             )
             self._tried(task)
-        elif unit.number not in self._trials:
+        elif whole not in self._trials:
             self._note("unit_isolated", f"{task.name}: its rows are tried alone")
             keys = [row["key"] for row in unit.rows]
-            self._trials[unit.number] = _Trial(unit, set(keys))
+            self._trials[whole] = _Trial(unit, set(keys))
             self._todo.extendleft(Task(unit, row=key) for key in reversed(keys))
         else:
             raise RunError(
@@ -234,34 +274,24 @@ class Foreman:
     def _tried(self, task: Task) -> None:
         """A row's trial is over; after the last, the unit runs without those condemned."""
         assert task.row is not None
-        trial = self._trials[task.unit.number]
+        trial = self._trials[task.unit.family, task.unit.number, None]
         trial.left.discard(task.row)
         if not trial.left:
             self._todo.appendleft(Task(trial.unit, condemned=trial.condemned))
 
 
-_TORCH_STARVED = "can't allocate memory"
 _LOWER = "Out of memory is the usual cause; lower executor.workers, limits.memory_bytes or the buckets"
 
 
-def _key(task: Task) -> tuple[int, str | None]:
-    return task.unit.number, task.row
-
-
-def _is_starved(error: BaseException) -> bool:
-    """Whether memory ran out, as Python, the kernel or torch say it."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and _TORCH_STARVED in str(error))
-    )
+def _key(task: Task) -> _Key:
+    return task.unit.family, task.unit.number, task.row
 
 
 def stopped(what: str, error: BaseException, *, where: str = "") -> RunError:
     """The sentence a run ends with over an error that is no clip's fault."""
-    if not isinstance(error, OSError) or _is_starved(error):
+    if isinstance(error, EncoderStarved):  # it says itself what to do
+        return RunError(f"{what}: {error}. {RESUMES}")
+    if not isinstance(error, OSError) or is_starved(error):
         return RunError(f"{what}: {error or type(error).__name__}. {_LOWER}. {RESUMES}")
     place = error.filename or where
     cause = STOPS_AT_ONCE.get(error.errno or 0) or error.strerror or str(error)

@@ -19,7 +19,7 @@ from pipeline.compatibility import RULES, Asked
 from pipeline.density import quantiles
 from pipeline.short import fill_up, slowdown
 from pipeline.timeline import Timeline
-from schemas.config import AT_A_RATE, FramesConfig
+from schemas.config import AT_A_RATE, SEVERAL, FramesConfig
 from schemas.errors import ClipError
 
 _STILL = 0.5
@@ -86,8 +86,8 @@ def num_available(timeline: Timeline, *, frames: FramesConfig) -> int:
 
 
 def num_clips(timeline: Timeline, *, num_frames: int, frames: FramesConfig) -> int:
-    """Clips a row makes: as many full ones as fit, at least 1; always 1 under `head`."""
-    if frames.clips == "head":
+    """Clips a row makes: as many full ones as fit, at least 1; always 1 under `head` and `whole`."""
+    if frames.clips not in SEVERAL:
         return 1
     step = num_frames if frames.clips == "chunk" else frames.slide_step
     return max(0, num_available(timeline, frames=frames) - num_frames) // step + 1

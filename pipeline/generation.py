@@ -18,13 +18,13 @@ from pipeline.clip import Placed
 from pipeline.commit import commit_once
 from pipeline.source import Source
 from pipeline.survey import survey
-from schemas.card import Card
-from schemas.config import PreprocessConfig
+from schemas.card import Card, read_card
+from schemas.config import SEVERAL, PreprocessConfig
 from schemas.dataset import Dataset
 from schemas.errors import ClipError
 from schemas.history import KEY, Held, History
 from schemas.manifest import ManifestRow
-from schemas.sample import Family
+from schemas.sample import EMPTY_PROMPT_UNIT, Family
 from schemas.tables import sealed_parquet
 
 _FIELDS: dict[Family, tuple[str, ...]] = {
@@ -58,7 +58,7 @@ def split_into_clips(
     number; the others are looked at (`look`, `survey` by default). A row that cannot be placed stays one,
     its unit will say why, and is looked at again the next time.
     """
-    if config.frames.clips == "head":
+    if config.frames.clips not in SEVERAL:
         return list(rows)
     live = history.live_table(["source_digest", "start_s", "end_s", "clips"])
     known = {(row["source_digest"], row["start_s"], row["end_s"]): row["clips"] for row in live.to_pylist()}
@@ -113,16 +113,20 @@ class Unit:
 class Units(Sequence[Unit]):
     """Units in order, each described when it is taken, so that the driver never holds the rows of all."""
 
-    def __init__(self, history: History, family: Family, held: Held, wanted: np.ndarray) -> None:
+    def __init__(
+        self, history: History, family: Family, held: Held, wanted: np.ndarray, *, first: Unit | None = None
+    ) -> None:
+        """Those of `wanted`; `first` comes before them, and is not among them."""
         rows = np.flatnonzero(held.live & np.isin(held.unit, wanted))
-        self.family, self.num_rows = family, len(rows)
+        self.family, self._first = family, [first] if first else []
+        self.num_rows = len(rows) + sum(len(unit.rows) for unit in self._first)
         self.numbers, starts = np.unique(held.unit[rows], return_index=True)
         self._bounds = np.append(starts, len(rows))
         table = history.table.select([KEY[family], *_FIELDS[family]])
         self._table = table.take(held.row[rows]).combine_chunks()
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self._first) + len(self.numbers)
 
     @overload
     def __getitem__(self, index: int) -> Unit: ...
@@ -132,18 +136,51 @@ class Units(Sequence[Unit]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]
+        if index < len(self._first):
+            return self._first[index]
+        index -= len(self._first)
         start, stop = self._bounds[index : index + 2].tolist()
         rows = self._table.slice(start, stop - start).to_pylist()
         described = [{"key": row.pop(KEY[self.family]), **row} for row in rows]
         return Unit(self.family, int(self.numbers[index]), tuple(described))
 
 
+class InTurn(Sequence[Unit]):
+    """The units of one family after those of another."""
+
+    def __init__(self, parts: Sequence[Units]) -> None:
+        self._parts = parts
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Unit]: ...
+    def __getitem__(self, index: int | slice) -> Unit | list[Unit]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        for units in self._parts:
+            if index < len(units):
+                return units[index]
+            index -= len(units)
+        raise IndexError(index)
+
+
 def pending_units(dataset: Dataset, family: Family, history: History | None = None) -> Units:
     """Units that hold live rows and have no commit record yet, in order.
 
     A unit's rows are the live ones of those that belong to it. A row that is removed when its unit runs is
-    not in it; if it is asked for again, it gets a place in another unit.
+    not in it; if it is asked for again, it gets a place in another unit. The empty prompt is asked for by no
+    row, and always.
     """
     history = history or dataset.history()
-    held = history.held(family)
-    return Units(history, family, held, np.setdiff1d(held.unit[held.live], dataset.finished()[family]))
+    held, done = history.held(family), dataset.finished()[family]
+    empty = None
+    if family == "prompts" and EMPTY_PROMPT_UNIT not in done:
+        key = read_card(dataset.root).empty_prompt
+        empty = Unit(family, EMPTY_PROMPT_UNIT, ({"key": key, "caption": ""},))
+        done = np.append(done, EMPTY_PROMPT_UNIT)
+    return Units(history, family, held, np.setdiff1d(held.unit[held.live], done), first=empty)

@@ -14,7 +14,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from pipeline.discover import discover
 from pipeline.executor import open_executor
 from pipeline.fetch import Fetcher
 from pipeline.foreman import stopped
-from pipeline.generation import Units, add_generation, known_sources, pending_units, split_into_clips
+from pipeline.generation import InTurn, Units, add_generation, known_sources, pending_units, split_into_clips
 from pipeline.outlook import outlook
 from pipeline.progress import EARLY_STOP_ROWS, EarlyStop, Tally, gated_failures, open_log, say, track
 from pipeline.reindex import TableCounts, update_tables
 from pipeline.source import identify
 from pipeline.text_encode import load_text_encoder
+from pipeline.tiling import must_try, tiling_fields, tried
 from pipeline.video_encode import VideoEncoder, load_video_encoder
 from schemas.adoption import adoption_record, difference_lines, read_adoptions, refuse_stale
 from schemas.bucket import check_buckets
@@ -41,9 +42,10 @@ from schemas.history import History
 from schemas.load import config_digest, resolved_toml
 from schemas.manifest import ManifestRow, RowProblem, read_manifest, split_rows
 from schemas.sample import Family
+from schemas.scaling import most_latent_frames
 from schemas.store import absolute
 
-_VERSIONED = ("latentpress", "torch", "av", "numpy", "transformers")
+_VERSIONED = ("latentpress", "torch", "av", "numpy", "diffusers", "transformers", "tokenizers", "ftfy")
 
 
 def preprocess(config: PreprocessConfig, *, adopt: bool = False) -> tuple[dict[str, Any], bool]:
@@ -61,7 +63,7 @@ def preprocess(config: PreprocessConfig, *, adopt: bool = False) -> tuple[dict[s
 
     # How commits can be made here is tested before anything counts on it.
     with said_plainly(dataset), open_store(dataset.root) as committing:
-        card = settle_card(dataset, card, adopt=adopt)
+        card = settle_card(dataset, config, card, adopt=adopt)
 
         # What was asked for before, read once; the tables as the last run should have left them.
         before = dataset.history()
@@ -134,23 +136,32 @@ def checked_encoder(config: PreprocessConfig) -> VideoEncoder:
     """The video encoder; ConfigError where it, or the model that `target` describes, cannot take a bucket."""
     video = load_video_encoder(config.video_encoder)
     check_buckets(
-        config.buckets, video.geometry, target=config.target, text_length=config.text_encoder.max_length
+        config.buckets,
+        video.geometry,
+        target=config.target,
+        text_length=config.text_encoder.max_length,
+        most_latent_frames=most_latent_frames(video.scaling, video.geometry.channels),
     )
     return video
 
 
-def wanted_card(config: PreprocessConfig) -> Card:
-    """The card that this config asks for; ConfigError where an encoder cannot take a bucket."""
+def wanted_card(config: PreprocessConfig, *, have: Card | None = None, tiled: Collection[str] = ()) -> Card:
+    """The card that this config asks for; ConfigError where an encoder cannot take a bucket.
+
+    What the config leaves open, whether clips are encoded in tiles, is as in the card `have` of the dataset;
+    without one, `tiled` names the buckets that are.
+    """
     video = checked_encoder(config)
     text = load_text_encoder(config.text_encoder)
-    versions = {name: _version(name) for name in _VERSIONED}
     return make_card(
         config,
-        video_fields=video.hard_fields(),
+        video_fields=video.hard_fields() | tiling_fields(config, video, have=have, tiled=tiled),
         text_fields=text.hard_fields(),
         scaling=video.scaling,
         geometry=video.geometry,
-        versions={**versions, "python": platform.python_version()},
+        image=video.image,
+        image_scaling=video.image_scaling,
+        versions=library_versions(),
     )
 
 
@@ -166,11 +177,16 @@ def refuse_foreign_folder(dataset: Dataset) -> None:
             )
 
 
-def settle_card(dataset: Dataset, want: Card, *, adopt: bool) -> Card:
-    """Write the card of a new dataset, or hold the existing one against what is wanted."""
+def settle_card(dataset: Dataset, config: PreprocessConfig, want: Card, *, adopt: bool) -> Card:
+    """Write the card of a new dataset, after what only a trial tells; or hold the one that is there against
+    what is wanted."""
     if not card_path(dataset.root).exists():
+        if must_try(config, want) and (tiled := tried(config)):
+            say(f"note: one clip of {', '.join(tiled)} does not fit in memory as a whole: encoded in tiles")
+            want = wanted_card(config, tiled=tiled)
         commit_once(card_path(dataset.root), card_bytes(want))
     have = read_card(dataset.root)
+    want = wanted_card(config, have=have)
     if adopt:
         generation = dataset.history().generations
         record = adoption_record(dataset.root, have=have, want=want, generation=generation)
@@ -205,28 +221,44 @@ def run_units(
             incidents[kind] += 1
             log({"incident": kind, "what": sentence})
 
+        if "video_encoder.tiling" in card.hard["latents"]:
+            log({"tiling": card.hard["latents"]["video_encoder.tiling"]})
         with open_executor(config, card, committing=committing, note=note) as executor:
             run["executor"] = {"kind": executor.name, "workers": executor.workers}
-            for family, units in pending.items():
+            # In two passes one encoder is in memory at a time; in one, nobody waits for the last prompts.
+            passes: list[list[Family]] = [["prompts"], ["latents"]]
+            if config.executor.together:
+                passes = [["prompts", "latents"]]
+            for families in passes:
                 incidents.clear()
-                tally = Tally(family, total=units.num_rows, incidents=incidents)
-                counts = committed_before(dataset, family, history)
-                early = EarlyStop(*counts, allowed=config.quarantine.max_rate)
-                run["stopped"] = early.verdict() if units else None
+                todo = {family: pending[family] for family in families if pending[family]}
+                tallies = {f: Tally(f, total=todo[f].num_rows, incidents=incidents) for f in todo}
+                early = {
+                    family: EarlyStop(
+                        *committed_before(dataset, family, history), allowed=config.quarantine.max_rate
+                    )
+                    for family in todo
+                }
+                run["stopped"] = next(filter(None, (each.verdict() for each in early.values())), None)
                 if run["stopped"]:
                     break
-                for result in track(executor.run(units), tally):
+                results = executor.run(InTurn(list(todo.values())))
+                for tally in tallies.values():
+                    results = track(results, tally)
+                for result in results:
                     if result.uncommitted is not None:
-                        path = dataset.commit_path(family, result.unit)
-                        commit_once(path, result.uncommitted)
+                        commit_once(dataset.commit_path(result.family, result.unit), result.uncommitted)
                     log(result.facts())
+                    for kind, sentence in result.incidents:
+                        note(kind, sentence)
+                        say(f"note: {sentence}")
                     run["sandbox"].update(result.protections)
-                    early.add(result)
-                    run["stopped"] = early.verdict()
+                    early[result.family].add(result)
+                    run["stopped"] = early[result.family].verdict()
                     if run["stopped"]:
                         break
-                if units:
-                    run[family] = tally.summary(workers=executor.workers)
+                workers, gpus = executor.workers, executor.gpu_names
+                run |= {f: tallies[f].summary(workers=workers, gpu_names=gpus) for f in tallies}
                 if run["stopped"]:
                     break
     return run
@@ -287,6 +319,11 @@ def last_run(dataset: Dataset) -> dict[str, Any] | None:
         return run
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def library_versions() -> dict[str, str]:
+    """What goes into a card beside the settings, and only warns where it differs."""
+    return {**{name: _version(name) for name in _VERSIONED}, "python": platform.python_version()}
 
 
 def _version(name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.changes import Changes
 from schemas.dataset import Dataset
 from schemas.history import KEY, History, positions
-from schemas.sample import Family
+from schemas.sample import EMPTY_PROMPT_UNIT, Family
 
 _RUNS_FOR: dict[Family, tuple[str, ...]] = {
     "latents": ("new", "file replaced"),
@@ -41,6 +41,7 @@ class Outlook:
     """Planned before and not committed yet, those of rows to retry not counted."""
     clips_to_encode: int
     captions_to_encode: int
+    """With the empty one, which every dataset holds."""
 
     def __str__(self) -> str:
         parts = (
@@ -78,12 +79,17 @@ def outlook(dataset: Dataset, changes: Changes, *, rows: int, before: History, a
     for family in ("latents", "prompts"):
         held = after.held(family)
         here = held.live & ~np.isin(held.unit, finished[family])
+        if family == "prompts":
+            here &= held.unit != EMPTY_PROMPT_UNIT
         again = here & held.old
         to_encode[family] = int(here.sum())
         waiting = np.setdiff1d(held.unit[here], held.unit[again])
         unfinished += int((waiting < before.next_unit(family)).sum())
         keys = after.table[KEY[family]].take(held.row[again])
         retried |= (positions(changes.keys[family], among=keys) >= 0) & ~np.isin(cause, _RUNS_FOR[family])
+    if EMPTY_PROMPT_UNIT not in finished["prompts"]:
+        to_encode["prompts"] += 1
+        unfinished += before.generations > 0
     return Outlook(
         rows=rows,
         clips=len(changes.cause),

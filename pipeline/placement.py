@@ -7,6 +7,7 @@ check is asked for: same rules, nothing converted, nothing kept.
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pipeline.frames import choose_frames, num_available, num_clips
 from pipeline.media import LastMedia, Media, open_media
 from pipeline.pictures import PictureDecoder
 from pipeline.timeline import Timeline
-from schemas.bucket import choose_bucket
+from schemas.bucket import choose_bucket, own_lengths
 from schemas.config import BucketConfig, FramesConfig, LimitsConfig, PictureConfig
 from schemas.errors import ClipError, RunError
 
@@ -33,9 +34,16 @@ class Window:
 
     frames: FramesConfig
     buckets: Sequence[BucketConfig]
+    lengths: Sequence[Sequence[int]]
+    """Per bucket how many frames a clip of it may have, ascending (`schemas.bucket.clip_lengths`)."""
     start_s: float | None = None
     end_s: float | None = None
     clip: int = 0
+
+    def length(self, position: int, num_available: int) -> int:
+        """Frames of a clip in the bucket at `position`: the most that are available, or the fewest."""
+        lengths = self.lengths[position]
+        return lengths[max(1, bisect.bisect_right(lengths, num_available)) - 1]
 
     def cut(self, timeline: Timeline) -> Timeline:
         return _cut(timeline, self.start_s, self.end_s)
@@ -73,12 +81,16 @@ def place(
     available = num_available(timeline, frames=window.frames)
     info = media.info
     position = choose_bucket(
-        window.buckets, width=info.display_width, height=info.display_height, num_pictures=available
+        window.buckets,
+        width=info.display_width,
+        height=info.display_height,
+        num_pictures=available,
+        whole=window.frames.clips == "whole",
     )
     activity = None if changes is None else luma_activity(timeline, changes)
     choice = choose_frames(
         timeline,
-        num_frames=window.buckets[position].num_frames,
+        num_frames=window.length(position, available),
         frames=window.frames,
         clip=window.clip,
         activity=activity,
@@ -93,6 +105,7 @@ def place_clip(
     end_s: float | None = None,
     frames: FramesConfig,
     buckets: Sequence[BucketConfig],
+    lengths: Sequence[Sequence[int]] | None = None,
     picture: PictureConfig = _PICTURE,
     limits: LimitsConfig,
     full: bool = False,
@@ -100,10 +113,11 @@ def place_clip(
 ) -> Placed:
     """What `decode_clip` would make of the same arguments, from the packets and one picture.
 
+    `lengths` as of a `Window`; unset, a clip has its bucket's num_frames.
     ClipError where it would refuse before decoding; with `full` also where pictures of the window are
     damaged or missing. `frames.short = "error"` is a ClipError `too_short` here: a report goes on.
     """
-    window = Window(frames, buckets, start_s, end_s)
+    window = Window(frames, buckets, lengths or own_lengths(buckets), start_s, end_s)
     with (open_media if last is None else last.open)(path, limits=limits) as media:
         check_color(media.color, picture)
         timeline, decoded = media.packets.timeline, None
@@ -114,10 +128,11 @@ def place_clip(
             placement = place(media, timeline, window)
         except RunError as error:
             raise ClipError("too_short", str(error)) from error
-        num_frames = buckets[placement.position].num_frames
+        num_frames = len(placement.choice.pictures)
         return Placed(
             info=media.info,
             bucket=placement.position,
+            num_frames=num_frames,
             num_available=placement.num_available,
             num_clips=num_clips(placement.timeline, num_frames=num_frames, frames=frames),
             notes=[*media.packets.notes, *placement.choice.notes],

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.bottleneck import where_time_went
 from pipeline.commit import replace
 from pipeline.unit import UnitResult
 from schemas.store import is_remote
@@ -24,10 +25,6 @@ from schemas.store import is_remote
 EARLY_STOP_ROWS = 200
 """Where more than half of the first so many clips fail, the run stops."""
 _PLAIN_EVERY_S = 5.0
-STAGES = ("load", "decode", "encode", "write")
-"""What a worker's wall clock goes to; decoding runs in its child, beside the others."""
-
-
 _ASKED_FOR = ("too_short", "hdr")
 """Reasons that a setting asks for: `frames.short`, `frames.max_slowdown`, `picture.hdr`."""
 
@@ -56,6 +53,8 @@ class Tally:
     """What the foreman reported, by kind."""
     started: float = field(default_factory=time.perf_counter)
     wall_s: float = 0.0
+    start_s: float | None = None
+    """Until the first unit was begun."""
 
     @property
     def failed(self) -> int:
@@ -77,6 +76,8 @@ class Tally:
         self.nbytes += result.nbytes
         self.seconds.update(result.seconds)
         self.wall_s = time.perf_counter() - self.started
+        if self.start_s is None and "total" in result.seconds:
+            self.start_s = max(0.0, self.wall_s - result.seconds["total"])
 
     def line(self) -> str:
         """One aligned line."""
@@ -90,10 +91,10 @@ class Tally:
         )
         return f"{text}  {_clock(round(self.wall_s))} gone, {left} left"
 
-    def summary(self, *, workers: int) -> dict[str, Any]:
-        """Rates, seconds per stage and the bottleneck: the stage that keeps its process busiest."""
+    def summary(self, *, workers: int, gpu_names: list[str]) -> dict[str, Any]:
+        """Rates, and where the time went."""
         wall = max(self.wall_s, 1e-9)
-        busy = {stage: round(self.seconds.get(stage, 0.0), 3) for stage in STAGES}
+        start_s = self.start_s or 0.0
         return {
             "clips": self.done,
             "wall_s": round(self.wall_s, 3),
@@ -102,9 +103,9 @@ class Tally:
             "clips_per_s": round((self.done - self.found) / wall, 3),
             "video_s_per_s": round(self.video_s / wall, 2),
             "bytes": self.nbytes,
-            "stage_seconds": {**busy, "decode_wait": round(self.seconds.get("decode_wait", 0.0), 3)},
-            "stage_busy": {stage: round(seconds / (wall * workers), 3) for stage, seconds in busy.items()},
-            "bottleneck": max(busy, key=lambda stage: busy[stage]) if self.done else None,
+            **where_time_went(
+                self.seconds, wall_s=wall, start_s=start_s, workers=workers, gpu_names=gpu_names
+            ),
         }
 
 
@@ -156,12 +157,15 @@ def _clock(seconds: int) -> str:
 
 
 def track(results: Iterable[UnitResult], tally: Tally) -> Iterator[UnitResult]:
-    """Pass results on, adding each to `tally` and showing its line on standard error."""
+    """Pass results on, adding those of its family to `tally` and showing its line on standard error."""
     live = sys.stderr.isatty()
     shown = 0.0
     if live:
         say(f"\r{tally.label}: starting", end="")
     for result in results:
+        if result.family != tally.label:
+            yield result
+            continue
         tally.add(result)
         if live:
             say(f"\r\x1b[K{tally.line()}", end="")

@@ -49,6 +49,8 @@ from pipeline.child_answers import (
 from pipeline.child_process import START_TIMEOUT_S, ChildProcess
 from pipeline.clip import ClipRecord, Placed
 from pipeline.confine import NOT_ENFORCED
+from pipeline.video_encode import load_video_encoder
+from schemas.bucket import clip_lengths, own_lengths
 from schemas.config import (
     BucketConfig,
     DecodeConfig,
@@ -103,7 +105,8 @@ class Clip:
         """Let another clip be decoded into this memory."""
         if self._release is not None:
             self._release()
-            self._release, self.frames = None, self.frames[:0]
+            # A view of no frames would still keep their memory.
+            self._release, self.frames = None, np.empty((0, *self.frames.shape[1:]), np.uint8)
 
 
 class _Job:
@@ -130,9 +133,22 @@ class _Job:
 
 
 def decode_settings(config: PreprocessConfig) -> dict[str, Any]:
-    """What a run's config says to `DecoderProcess`, and to `decode_clip`: keyword arguments of both."""
+    """What a run's config says to `DecoderProcess`, and to `decode_clip`: keyword arguments of both.
+
+    Under `frames.clips = "whole"` the video encoder is asked for its frame rule; the result is plain values,
+    to be made once and sent where clips are decoded.
+    """
     names = ("frames", "buckets", "resize", "limits", "picture", "decode")
-    return {name: getattr(config, name) for name in names}
+    settings = {name: getattr(config, name) for name in names}
+    if config.frames.clips == "whole":
+        settings["lengths"] = clip_lengths(
+            config.buckets,
+            load_video_encoder(config.video_encoder).geometry,
+            frames=config.frames,
+            target=config.target,
+            text_length=config.text_encoder.max_length,
+        )
+    return settings
 
 
 class DecoderProcess:
@@ -147,6 +163,7 @@ class DecoderProcess:
         *,
         frames: FramesConfig,
         buckets: Sequence[BucketConfig],
+        lengths: Sequence[Sequence[int]] | None = None,
         resize: ResizeConfig,
         limits: LimitsConfig,
         picture: PictureConfig = _PICTURE,
@@ -154,10 +171,13 @@ class DecoderProcess:
         slots: int = 2,
         program: Sequence[str] = ("-m", "pipeline.sandbox_child"),
     ) -> None:
-        """`slots`: clips held at once, being decoded or in the caller's hands. `program`: what the child's
+        """`lengths` as of a `Window`; unset, a clip has its bucket's num_frames.
+
+        `slots`: clips held at once, being decoded or in the caller's hands. `program`: what the child's
         interpreter runs."""
         self._limits, self._program = limits, tuple(program)
         self._frames, self._buckets = frames, tuple(buckets)
+        self._lengths = lengths or own_lengths(buckets)
         slot_bytes = max(bucket.num_frames * bucket.height * bucket.width * 3 for bucket in buckets)
         kind = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         self._slot_fds = [os.memfd_create("latentpress-frames", kind) for _ in range(slots)]
@@ -168,6 +188,7 @@ class DecoderProcess:
         self._setup = {
             "frames": frames.model_dump_json(),
             "buckets": [bucket.model_dump_json() for bucket in buckets],
+            "lengths": self._lengths,
             "resize": resize.model_dump_json(),
             "picture": picture.model_dump_json(),
             "decode": decode.model_dump_json(),
@@ -335,9 +356,9 @@ class DecoderProcess:
         if answer.id != job.number:
             raise BadAnswer("an answer to another request")
         if isinstance(answer, DecodedAnswer):
-            check_decoded(answer, clip=job.request.clip, buckets=self._buckets)
+            check_decoded(answer, clip=job.request.clip, buckets=self._buckets, lengths=self._lengths)
         elif isinstance(answer, PlacedAnswer):
-            check_placed(answer.placed, buckets=self._buckets, frames=self._frames, limits=self._limits)
+            check_placed(answer.placed, lengths=self._lengths, frames=self._frames, limits=self._limits)
         elif isinstance(answer, Fatal) and not job.fatal:
             job.fatal = True  # believed of a new child that is given nothing else
             self._retire()

@@ -39,6 +39,7 @@ def serve(decode: Callable[..., Any] = decode_clip) -> None:
     settings: dict[str, Any] = {
         "frames": FramesConfig.model_validate_json(setup["frames"]),
         "buckets": [BucketConfig.model_validate_json(bucket) for bucket in setup["buckets"]],
+        "lengths": setup["lengths"],
         "resize": ResizeConfig.model_validate_json(setup["resize"]),
         "picture": PictureConfig.model_validate_json(setup["picture"]),
         "decode": DecodeConfig.model_validate_json(setup["decode"]),

@@ -55,8 +55,9 @@ def survey(
             local.close()
 
     with ExitStack() as stack:
+        settings = decode_settings(config)
         for _ in range(workers):
-            idle.put(stack.enter_context(DecoderProcess(**decode_settings(config))))
+            idle.put(stack.enter_context(DecoderProcess(**settings)))
         pool = ThreadPoolExecutor(workers)
         stack.callback(pool.shutdown, cancel_futures=True)
         ahead: deque[tuple[list[ManifestRow], Future[list[Placed | ClipError]]]] = deque()

@@ -43,7 +43,7 @@ class Take:
         `limits.max_damage` of the pictures are not `intact`."""
         self.timeline, self.choice = timeline, choice
         self._sources = _sources(choice, timeline, intact, limits)
-        shape = (bucket.num_frames, bucket.height, bucket.width, 3)
+        shape = (len(choice.pictures), bucket.height, bucket.width, 3)
         if buffer is None:
             buffer = np.empty(math.prod(shape), np.uint8)
         self._frames = buffer[: math.prod(shape)].reshape(shape)

@@ -5,11 +5,13 @@ F pixel frames, T latent frames, C latent channels, H, W pixels.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from schemas.config import BucketConfig, TargetConfig
+from schemas.config import BucketConfig, FramesConfig, TargetConfig
 from schemas.errors import ConfigError
 
 PATCH = 2
@@ -17,21 +19,78 @@ PATCH = 2
 _NO_TARGET = TargetConfig()
 _LONGEST = 100_000
 """Frames to look ahead for a count that meets all rules."""
+_WIDEST = 10_000
+"""Pixels to look ahead for a side that meets all rules."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a video encoder does to a shape: F = temporal * (T - 1) + 1, H and W divided by `spatial`."""
+    """What a video encoder does to a shape: H and W divided by `spatial`, and F by its frame rule."""
 
     temporal: int
     spatial: int
     channels: int
+    causal: bool = True
+    """Whether the first frame has a latent frame to itself: F = temporal * (T - 1) + 1; if not, it is
+    temporal * T."""
+    segment_frames: int = 0
+    """Pixel frames of the independent pieces a clip is encoded in; 0: as a whole."""
+    windows: tuple[tuple[int, int], ...] = ()
+    """(length, step) in frames, height and width of windows that must cover a clip exactly (Allegro); empty
+    where any size that divides will do."""
+
+    def __post_init__(self) -> None:
+        whole = dataclasses.replace(self, segment_frames=0) if self.segment_frames else self
+        if self.segment_frames and not whole.takes(self.segment_frames):
+            raise ValueError(f"segment_frames = {self.segment_frames}: expected {whole.rule} frames")
+
+    @property
+    def frame_step(self) -> int:
+        """Valid frame counts are `frame_step` * n + `frame_rest`, from `frame_least` on."""
+        if self.segment_frames:
+            return self.segment_frames
+        return self.windows[0][1] if self.windows else self.temporal
+
+    @property
+    def frame_rest(self) -> int:
+        return self.frame_least % self.frame_step if self.frame_step > 1 else 0
+
+    @property
+    def frame_least(self) -> int:
+        if self.windows and not self.segment_frames:
+            return self.windows[0][0]
+        return 1 if self.causal and not self.segment_frames else self.frame_step
+
+    @property
+    def rule(self) -> str:
+        """The frame counts the encoder takes, as in "4n + 1"."""
+        if self.segment_frames:
+            return f"a multiple of {self.segment_frames}"
+        if self.windows:
+            return f"{self.frame_step}n + {self.frame_least}"
+        return f"{self.temporal}n + 1" if self.causal else f"{self.temporal}n"
+
+    def takes(self, num_frames: int) -> bool:
+        """Whether F pixel frames fit the rule."""
+        return num_frames >= self.frame_least and (num_frames - self.frame_rest) % self.frame_step == 0
+
+    def takes_side(self, axis: int, pixels: int) -> bool:
+        """Whether a height (`axis` 0) or width (1) fits."""
+        length, step = self.windows[axis + 1] if self.windows else (self.spatial, self.spatial)
+        return pixels >= length and (pixels - length) % step == 0
 
     def latent_frames(self, num_frames: int) -> int:
         """T for F pixel frames; ValueError where the encoder cannot take F."""
-        if (num_frames - 1) % self.temporal:
-            raise ValueError(f"{num_frames = } is not {self.temporal}n + 1")
-        return (num_frames - 1) // self.temporal + 1
+        if not self.takes(num_frames):
+            raise ValueError(f"{num_frames = } is not {self.rule}")
+        piece = self.segment_frames or num_frames
+        return num_frames // piece * ((piece - self.causal) // self.temporal + self.causal)
+
+    def ends_latent(self, frame: Any) -> Any:
+        """Whether a latent frame ends with pixel frame `frame`, from 0; a number or an array of them."""
+        if self.segment_frames:
+            frame = frame % self.segment_frames
+        return (frame + 1 - self.causal) % self.temporal == 0
 
     def latent_shape(self, bucket: BucketConfig) -> tuple[int, int, int, int]:
         """(T, C, H, W) of one clip's latents."""
@@ -60,27 +119,32 @@ def check_buckets(
     *,
     target: TargetConfig = _NO_TARGET,
     text_length: int = 0,
+    most_latent_frames: int | None = None,
 ) -> None:
     """ConfigError naming the key and the nearest valid values where a bucket breaks a rule of the video
     encoder or of the model that will train on its latents.
 
-    `text_length` is the tokens of one caption. The nearest num_frames meet all rules together, with the
-    bucket's own height and width.
+    `text_length` is the tokens of one caption, `most_latent_frames` where the scaling rule ends. The nearest
+    num_frames meet all other rules together, with the bucket's own height and width.
     """
-    step = geometry.spatial * PATCH
+    step = geometry.spatial * target.patch_size
     problems: list[str] = []
-    rules = []
+    rules = [_frame_rules(bucket, geometry, target) for bucket in buckets]
     for i, bucket in enumerate(buckets):
-        sides = (("height", bucket.height), ("width", bucket.width))
-        for name, value in sides:
-            if value % step:
-                near = _one_or_other(value // step * step, value // step * step + step)
-                problems.append(
-                    f"buckets.{i}.{name} = {value}: expected a multiple of {step} pixels; nearest {near}"
-                )
-        fits = all(value % step == 0 for _, value in sides)
-        cells = (bucket.height // step) * (bucket.width // step) if fits else None
-        rules.append(_FrameRules(geometry, target, cells))
+        for axis, (name, value) in enumerate((("height", bucket.height), ("width", bucket.width))):
+
+            def fits(pixels: int, *, axis: int = axis) -> bool:
+                return pixels % step == 0 and geometry.takes_side(axis, pixels)
+
+            if not fits(value):
+                below = next(filter(fits, range(value, 0, -1)), None)
+                above = next(filter(fits, range(value, value + _WIDEST)), None)
+                expected = f"a multiple of {step} pixels"
+                if geometry.windows:
+                    length, apart = geometry.windows[axis + 1]
+                    expected += f", and {apart}n + {length}"
+                near = _one_or_other(below, above)
+                problems.append(f"buckets.{i}.{name} = {value}: expected {expected}; nearest {near}")
     settled = [
         (rule, bucket.num_frames)
         for rule, bucket in zip(rules, buckets, strict=True)
@@ -89,6 +153,12 @@ def check_buckets(
     for i, (rule, bucket) in enumerate(zip(rules, buckets, strict=True)):
         broken = list(rule.broken(bucket.num_frames, text_length))
         if not broken:
+            latent_frames = geometry.latent_frames(bucket.num_frames)
+            if most_latent_frames is not None and latent_frames > most_latent_frames:
+                problems.append(
+                    f"buckets.{i}.num_frames = {bucket.num_frames}: {latent_frames} latent frames, and the "
+                    f"model's scaling knows {most_latent_frames}"
+                )
             continue
         problem = f"buckets.{i}.num_frames = {bucket.num_frames}: {' and '.join(broken)}; "
         problem += rule.nearest(bucket.num_frames, text_length)
@@ -97,6 +167,35 @@ def check_buckets(
         problems.append(problem)
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def own_lengths(buckets: Sequence[BucketConfig]) -> tuple[tuple[int, ...], ...]:
+    """The `clip_lengths` of clips that all have their bucket's num_frames."""
+    return tuple((bucket.num_frames,) for bucket in buckets)
+
+
+def clip_lengths(
+    buckets: Sequence[BucketConfig],
+    geometry: Geometry,
+    *,
+    frames: FramesConfig,
+    target: TargetConfig = _NO_TARGET,
+    text_length: int = 0,
+) -> tuple[tuple[int, ...], ...]:
+    """Per bucket how many frames a clip of it may have, ascending.
+
+    That is the bucket's num_frames, and under `frames.clips = "whole"` every count up to it that meets the
+    rules of `check_buckets`. A single frame is no clip, so it counts only where it is all the bucket has.
+    """
+    if frames.clips != "whole":
+        return own_lengths(buckets)
+    lengths = []
+    for bucket in buckets:
+        rule = _frame_rules(bucket, geometry, target)
+        shorter = range(2, bucket.num_frames)
+        valid = (n for n in shorter if next(rule.broken(n, text_length), None) is None)
+        lengths.append((*valid, bucket.num_frames))
+    return tuple(lengths)
 
 
 @dataclass(frozen=True)
@@ -111,8 +210,8 @@ class _FrameRules:
     def broken(self, num_frames: int, text_length: int | None) -> Iterator[str]:
         """A sentence per rule that `num_frames` breaks; without a text length, but the token rule."""
         target, more = self.target, num_frames - 1
-        if more % self.geometry.temporal:
-            yield f"the video encoder takes {self.geometry.temporal}n + 1 frames"
+        if not self.geometry.takes(num_frames):
+            yield f"the video encoder takes {self.geometry.rule} frames"
         if more % target.frame_multiple:
             multiple = target.frame_multiple
             yield f"target.frame_multiple = {multiple} asks for {multiple}n + 1 frames"
@@ -121,7 +220,7 @@ class _FrameRules:
                 f"target.segment_frames = {target.segment_frames} asks for whole segments, "
                 f"{target.segment_frames}n + 1 frames"
             )
-        if more % self.geometry.temporal:
+        if not self.geometry.takes(num_frames):
             return
         latent_frames = self.geometry.latent_frames(num_frames)
         if latent_frames % target.patch_size_t:
@@ -142,8 +241,8 @@ class _FrameRules:
 
     def nearest(self, num_frames: int, text_length: int) -> str:
         """The valid counts around `num_frames`, in words."""
-        step = math.lcm(self.geometry.temporal, self.target.frame_multiple)
-        first = (num_frames - 1) // step * step + 1
+        step, rest = self.geometry.frame_step, self.geometry.frame_rest
+        first = (num_frames - rest) // step * step + rest
 
         def valid(candidate: int) -> bool:
             return candidate != num_frames and next(self.broken(candidate, text_length), None) is None
@@ -153,6 +252,12 @@ class _FrameRules:
         if below is None and above is None:
             return f"no num_frames up to {first + _LONGEST} meets all rules together: change one of them"
         return f"nearest {'is' if None in (below, above) else 'are'} {_one_or_other(below, above)}"
+
+
+def _frame_rules(bucket: BucketConfig, geometry: Geometry, target: TargetConfig) -> _FrameRules:
+    step = geometry.spatial * target.patch_size
+    fits = bucket.height % step == 0 and bucket.width % step == 0
+    return _FrameRules(geometry, target, (bucket.height // step) * (bucket.width // step) if fits else None)
 
 
 def _nearest_text_length(settled: Sequence[tuple[_FrameRules, int]], text_length: int) -> str:
@@ -173,25 +278,28 @@ def _one_or_other(below: int | None, above: int | None, *, joined: str = "and") 
     return f" {joined} ".join(str(value) for value in (below, above) if value)
 
 
-def choose_bucket(buckets: Sequence[BucketConfig], *, width: float, height: float, num_pictures: int) -> int:
+def choose_bucket(
+    buckets: Sequence[BucketConfig], *, width: float, height: float, num_pictures: int, whole: bool = False
+) -> int:
     """Position of the bucket for a clip of `width` x `height` display pixels with `num_pictures`.
 
     The nearest aspect ratio wins (distance of logarithms, so 2:1 is as far from 1:1 as 1:2). Among
-    equal ones: the most frames the clip can fill, else the fewest; then the largest picture that
-    needs no enlarging, else the smallest; then the lower height. The order of `buckets` never matters.
+    equal ones: the most frames the clip can fill, else the fewest (`whole`: the fewest that hold all of the
+    clip, else the most); then the largest picture that needs no enlarging, else the smallest; then the
+    lower height. The order of `buckets` never matters.
     """
     aspect = math.log(width / height)
 
     def order(i: int) -> tuple[float, bool, int, bool, int, int, int]:
         bucket = buckets[i]
         distance = round(abs(math.log(bucket.width / bucket.height) - aspect), 9)
-        fills = bucket.num_frames <= num_pictures
+        fits_time = bucket.num_frames >= num_pictures if whole else bucket.num_frames <= num_pictures
         area = bucket.width * bucket.height
         fits = area <= width * height
         return (
             distance,
-            not fills,
-            -bucket.num_frames if fills else bucket.num_frames,
+            not fits_time,
+            -bucket.num_frames if fits_time != whole else bucket.num_frames,
             not fits,
             -area if fits else area,
             bucket.height,

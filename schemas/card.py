@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import pydantic
 
@@ -22,31 +22,39 @@ from schemas.config import (
     PreprocessConfig,
     ResizeConfig,
     Settings,
+    TargetConfig,
     TextEncoderConfig,
     VideoEncoderConfig,
 )
 from schemas.errors import DatasetError
 from schemas.load import digest_of, open_sealed_json, sealed_json
 from schemas.patience import read_bytes
-from schemas.sample import FORMAT_VERSION, Family
-from schemas.scaling import Scaling
+from schemas.sample import FORMAT_VERSION, Family, caption_digest
+from schemas.scaling import ImageLatents, ImageScaling, Scaling
 from schemas.store import location
 
 DECODE_RULES = 2
 """Version of the rules that turn a file into frames (choice on timestamps, colour, rotation, resize);
 raised when the same file and settings would give other pixels."""
 
+UNKNOWN = "unknown"
+"""Value of a hard field of imported latents that their cache does not tell."""
+
 
 class CardSettings(Settings):
-    """The settings that made the numbers, to repeat them (inspection) or to compare them."""
+    """The settings that made the numbers, to repeat them (inspection) or to compare them.
 
-    frames: FramesConfig
+    Those that are None are not known: the latents were imported from another trainer's cache.
+    """
+
+    frames: FramesConfig | None = None
     buckets: tuple[BucketConfig, ...]
-    resize: ResizeConfig
-    picture: PictureConfig
-    decode: DecodeConfig
+    resize: ResizeConfig | None = None
+    picture: PictureConfig | None = None
+    decode: DecodeConfig | None = None
+    target: TargetConfig
     video_encoder: VideoEncoderConfig
-    text_encoder: TextEncoderConfig
+    text_encoder: TextEncoderConfig | None = None
 
 
 class Card(Settings):
@@ -60,6 +68,8 @@ class Card(Settings):
     settings: CardSettings
     scaling: Scaling
     geometry: Geometry
+    image: ImageLatents = "none"
+    image_scaling: ImageScaling = "as_video"
 
     @property
     def stored(self) -> str:
@@ -67,12 +77,37 @@ class Card(Settings):
         return self.settings.video_encoder.store
 
     @property
+    def imported_from(self) -> str | None:
+        """The format of the cache it was imported from, such as "musubi"; None where it was encoded here."""
+        told = self.hard["latents"].get("imported_from")
+        return told and str(told["format"])
+
+    @property
+    def padding(self) -> Literal["full", "trim"]:
+        """Whether prompts kept their pad rows."""
+        return cast(Literal["full", "trim"], self.hard["prompts"]["text_encoder.padding"])
+
+    @property
     def latent_tensors(self) -> tuple[str, ...]:
-        """Names of the tensors in a latents member."""
+        """Names of a clip's tensors, [T, C, H, W]."""
         return ("mean", "logvar") if self.stored == "moments" else ("latents",)
+
+    @property
+    def image_tensors(self) -> tuple[str, ...]:
+        """Names of those of its first frame alone, [1, C, H, W], where they are stored apart."""
+        return tuple(f"image_{name}" for name in self.latent_tensors) if self.image == "apart" else ()
+
+    def is_tiled(self, bucket: str) -> bool:
+        """Whether clips of a bucket, by its name, are encoded in overlapping tiles."""
+        return bool(self.hard["latents"].get("video_encoder.tiling", {}).get(bucket))
 
     def family_fingerprint(self, family: Family) -> str:
         return digest_of(self.hard[family])
+
+    @property
+    def empty_prompt(self) -> str:
+        """Key of the empty caption, which every dataset holds in EMPTY_PROMPT_UNIT."""
+        return caption_digest("", fingerprint=self.family_fingerprint("prompts"))
 
 
 def make_card(
@@ -83,6 +118,8 @@ def make_card(
     scaling: Scaling,
     geometry: Geometry,
     versions: dict[str, str],
+    image: ImageLatents = "none",
+    image_scaling: ImageScaling = "as_video",
 ) -> Card:
     """The card a run of `config` would write; encoders bring their own hard fields."""
     frames = config.frames
@@ -108,6 +145,10 @@ def make_card(
         latents |= {"frames.target_fps": frames.target_fps, "frames.clips": frames.clips}
     if frames.clips == "slide":
         latents["frames.slide_step"] = frames.slide_step
+    if frames.clips == "whole":  # then how long a clip is follows from what it must fit
+        latents |= {f"target.{name}": value for name, value in config.target.model_dump().items()}
+        if config.target.token_multiple > 1:
+            latents["target.text_length"] = config.text_encoder.max_length
     if config.decode.device != "cpu":
         latents["decode.device"] = config.decode.device
     if config.decode.threads > 1:  # the pictures are the same, what the records say of the decode is not
@@ -130,11 +171,14 @@ def make_card(
             resize=config.resize,
             picture=config.picture,
             decode=config.decode,
+            target=config.target,
             video_encoder=config.video_encoder,
             text_encoder=config.text_encoder,
         ),
         scaling=scaling,
         geometry=geometry,
+        image=image,
+        image_scaling=image_scaling,
     )
 
 

@@ -25,7 +25,7 @@ from schemas.dataset import Dataset
 from schemas.errors import DatasetError
 from schemas.history import KEY, UNIT, History, column_numbers
 from schemas.load import sealed_json
-from schemas.sample import Family, UnitCommit, unit_name
+from schemas.sample import EMPTY_PROMPT_UNIT, Family, UnitCommit, unit_name
 from schemas.shard_check import Problem, shard_problems
 from schemas.table_check import table_problems
 from schemas.verdict import Finding, Mending, Verdict
@@ -52,7 +52,7 @@ def check_dataset(
     history = dataset.history()
     verdict.findings += _missing_generations(dataset, history)
     done = dataset.finished()
-    asked = {family: _Asked(history, family) for family in KEY}
+    asked = {family: _Asked(history, family, card) for family in KEY}
     todo = [
         (family, int(unit)) for family in KEY for unit in np.union1d(done[family], asked[family].wanted_units)
     ]
@@ -65,11 +65,12 @@ def check_dataset(
                 verdict.units += unit.committed
                 verdict.unfinished += not unit.committed and not unit.findings
                 verdict.nbytes += unit.nbytes
-                verdict.quarantined += unit.quarantined
                 if unit.family == "latents":
                     verdict.samples += unit.samples
+                    verdict.quarantined += unit.quarantined
                 else:
                     verdict.prompts += unit.samples
+                    verdict.notes += unit.notes
                 progress(number, len(todo))
     if not verdict.clean:
         verdict.notes.append("index and quarantine are compared with commit records once the rest is clean")
@@ -92,27 +93,29 @@ def _missing_generations(dataset: Dataset, history: History) -> Iterator[Finding
 class _Asked:
     """What every unit of a family was ever asked to hold, from the generations."""
 
-    def __init__(self, history: History, family: Family) -> None:
-        self.family = family
+    def __init__(self, history: History, family: Family, card: Card) -> None:
+        self.family, self._always = family, dict[int, dict[str, str]]()
+        if family == "prompts":
+            self._always[EMPTY_PROMPT_UNIT] = {card.empty_prompt: "the empty prompt"}
         self._keys, self._sources = history.table[KEY[family]], history.table["source"]
         added = np.flatnonzero(pc.equal(history.table["op"], "add").to_numpy())
         units = column_numbers(history.table, UNIT[family])
         self._all, self._all_units = _by_unit(added, units)
         self._live, self._live_units = _by_unit(history.live, units)
         self.next_unit = history.next_unit(family)
-        self.wanted_units = np.unique(self._live_units)
-        """Those that hold at least one live row."""
+        self.wanted_units = np.union1d(self._live_units, list(self._always)).astype(np.int64)
+        """Those that hold at least one live row, or the empty prompt."""
 
     def keys(self, unit: int) -> set[str]:
         """Every key that was put into a unit."""
-        return set(self._keys.take(self._entries(self._all, self._all_units, unit)).to_pylist())
+        entries = self._entries(self._all, self._all_units, unit)
+        return {*self._keys.take(entries).to_pylist(), *self._always.get(unit, ())}
 
     def wanted(self, unit: int) -> dict[str, str]:
-        """The keys of a unit that live rows ask for, and a source of each."""
+        """The keys of a unit that live rows, or all datasets, ask for, and a source of each."""
         entries = self._entries(self._live, self._live_units, unit)
-        return dict(
-            zip(self._keys.take(entries).to_pylist(), self._sources.take(entries).to_pylist(), strict=True)
-        )
+        rows = zip(self._keys.take(entries).to_pylist(), self._sources.take(entries).to_pylist(), strict=True)
+        return self._always.get(unit, {}) | dict(rows)
 
     @staticmethod
     def _entries(entries: np.ndarray, units: np.ndarray, unit: int) -> np.ndarray:
@@ -134,6 +137,7 @@ class _UnitResult:
     quarantined: int = 0
     nbytes: int = 0
     findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def _check_unit(dataset: Dataset, card: Card, asked: _Asked, unit: int, mend: Mending) -> _UnitResult:
@@ -162,6 +166,7 @@ def _check_unit(dataset: Dataset, card: Card, asked: _Asked, unit: int, mend: Me
     wanted = asked.wanted(unit)
     result.samples = sum(sample.key in wanted for sample in commit.samples)
     result.quarantined = sum(failure.key in wanted for failure in commit.quarantined)  # not those retried
+    result.notes = [f"{wanted[f.key]}: {f.message}" for f in commit.quarantined if f.key in wanted]
     if not is_exact:
         add(record, [(None, "is not spelled as it was written")], command)
     add(record, _record_problems(commit, card, family, unit), command)

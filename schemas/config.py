@@ -7,11 +7,12 @@ unit and default. Files are read by `schemas.load`; nothing here touches the dis
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from schemas.store import is_url
+from schemas.text_family import FAMILIES, FamilyName
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -19,6 +20,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class Settings(BaseModel):
@@ -43,6 +45,8 @@ Policy = Literal[
 ]
 AT_A_RATE = ("fps", "contiguous")
 """Policies that run at `target_fps` and can make several clips of a row."""
+SEVERAL = ("chunk", "slide")
+"""Of `frames.clips`, those under which the number of clips depends on the file."""
 
 
 class FramesConfig(Settings):
@@ -61,14 +65,15 @@ class FramesConfig(Settings):
     a second time)."""
     target_fps: PositiveFloat = 8.0
     """Frames per second of `fps` and `contiguous`."""
-    clips: Literal["head", "chunk", "slide"] = "head"
-    """`fps` and `contiguous`: the first num_frames, consecutive clips, or clips that overlap. Frames left
-    over at the end make no clip of their own."""
+    clips: Literal["head", "chunk", "slide", "whole"] = "head"
+    """`fps` and `contiguous`: the first num_frames, consecutive clips, clips that overlap, or one clip as
+    long as the row, up to num_frames. `whole` cuts to the nearest count below that the video encoder and
+    `target` take. Frames left over at the end make no clip of their own."""
     slide_step: Positive = 24
     """`slide`: frames from the start of one clip to the start of the next."""
     short: Literal["interpolate", "nearest", "repeat_last", "drop", "error"] = "interpolate"
-    """A clip with fewer pictures than num_frames: blend in time, show the nearest picture, repeat the last
-    one, quarantine it as `too_short`, or stop the run."""
+    """A clip with fewer pictures than num_frames (`whole`: than the least count of more than one frame):
+    blend in time, show the nearest picture, repeat the last one, quarantine it as `too_short`, or stop the run."""
     max_slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     """Most frames made of one picture, on average, when filling up (num_frames / pictures); above it
     the clip is quarantined as `too_short`. Unset fills up any clip, and notes it above 2."""
@@ -87,7 +92,8 @@ class BucketConfig(Settings):
     """One output shape; the bucket with the nearest aspect ratio wins."""
 
     num_frames: Positive
-    """Frames per clip; the video encoder's frame rule must allow it (`dct`: 4n + 1)."""
+    """Frames per clip, the most of one under `frames.clips = "whole"`; the video encoder's frame rule must
+    allow it (`dct`: 4n + 1)."""
     height: Positive
     """Pixels; a multiple of 16 (8 of the encoder times 2 of the transformer's patch)."""
     width: Positive
@@ -136,13 +142,15 @@ class DecodeConfig(Settings):
 
 
 class TargetConfig(Settings):
-    """Rules of the video model that will train on the latents: checked before anything runs, they
-    change no number."""
+    """Rules of the video model that will train on the latents, checked before anything runs. They change no
+    number, but how long a clip is under `frames.clips = "whole"`."""
 
     frame_multiple: Positive = 1
     """num_frames must be a multiple of this, plus 1 (16 for whole seconds of CogVideoX 1.5 and TTT)."""
     patch_size_t: Positive = 1
     """Latent frames in a patch of the transformer; their number must divide (2 for CogVideoX 1.5)."""
+    patch_size: Positive = 2
+    """Latent rows and columns in a patch of the transformer; height and width must divide (1 for LTX)."""
     token_multiple: Positive = 1
     """Video and text tokens of a clip must be a multiple of this (64, TTT's mini-batch)."""
     segment_frames: NonNegative = 0
@@ -150,31 +158,97 @@ class TargetConfig(Settings):
 
 
 class VideoEncoderConfig(Settings):
-    """The model that turns frames into latents."""
+    """The model that turns frames into latents. `dct` uses only `dtype`, `store` and `segment_frames`."""
 
-    kind: Literal["dct"] = "dct"
-    """`dct`: the embedded codec with CogVideoX's geometry; needs no weights."""
+    kind: Literal["dct", "diffusers"] = "dct"
+    """`dct`: the embedded codec with CogVideoX's geometry; needs no weights. `diffusers`: any of its
+    `AutoencoderKL*` classes, for video or frame by frame."""
     model: str = ""
-    """Hub id or folder; unused by `dct`."""
+    """Hub id or folder, of the VAE itself or of a whole pipeline."""
     subfolder: str = "vae"
-    """Folder inside `model`; unused by `dct`."""
+    """Folder of the VAE inside a pipeline."""
+    revision: str = ""
+    """Branch, tag or commit on the hub; empty: its main branch."""
     dtype: Dtype = "float32"
     """Type of the stored latents."""
     store: Literal["moments", "mean", "sample"] = "moments"
     """`moments` stores the posterior (`mean`, `logvar`), unscaled; the others one tensor `latents`."""
+    image_latents: bool = False
+    """Keep what image-to-video needs: the encoding of a clip's first frame alone. Where that is the clip's
+    first latent frame, nothing more is stored."""
+    segment_frames: NonNegative = 0
+    """Encode a clip in independent pieces of so many frames, so that any window of whole pieces is what
+    encoding it alone would give; 0: as a whole."""
+    compute_dtype: Dtype = "float32"
+    """Type the model runs in."""
+    device: Device = "auto"
+    """`auto`: a GPU where torch sees one."""
+    batch_size: Positive | None = None
+    """Clips of a bucket encoded at once; halved when memory runs out. Unset: 1 on a CPU, on a GPU as many as
+    make the pixels of one clip of 49 x 480 x 720."""
+    tiling: Literal["auto", "off", "on"] = "auto"
+    """Encode in overlapping tiles: less memory, other numbers. `auto`: for the buckets of which a single
+    clip does not fit without, found out before the first unit."""
+    channels_last: bool = False
+    """Weights and frames in channels-last layout: faster convolutions on some GPUs."""
+    compile: bool = False
+    """Compile the encoder with torch.compile: minutes at the start, faster afterwards on some GPUs."""
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> VideoEncoderConfig:
+        if self.kind == "diffusers" and not self.model:
+            raise ValueError("kind = 'diffusers' needs model: a hub id or a folder")
+        return self
 
 
 class TextEncoderConfig(Settings):
-    """The model that turns captions into prompt embeddings."""
+    """The model that turns captions into prompt embeddings; `tiny-t5` uses `max_length` and `padding`."""
 
-    kind: Literal["tiny-t5"] = "tiny-t5"
-    """`tiny-t5`: a seeded tiny T5 with the byte tokenizer; for demos and tests only."""
+    kind: Literal["tiny-t5", "t5"] = "tiny-t5"
+    """`tiny-t5`: a seeded tiny T5 with the byte tokenizer; for demos and tests only. `t5`: the encoder of any
+    T5, UMT5 or ByT5."""
     model: str = ""
-    """Hub id or folder; unused by `tiny-t5`."""
+    """Hub id or folder, of the encoder itself or of a whole pipeline."""
+    subfolder: str = "text_encoder"
+    """Folder of the encoder inside a pipeline; its tokenizer is in `tokenizer`."""
+    revision: str = ""
+    """Branch, tag or commit on the hub; empty: its main branch."""
+    family: FamilyName = "cogvideox"
+    """The video model that will read the embeddings: decides whether the encoder sees an attention mask, what
+    becomes of pad rows and how captions are cleaned."""
     max_length: Positive = 226
-    """Tokens; longer captions are cut, and the sample says so."""
+    """Tokens; longer captions are cut, and the sample says so. Unset: as in the pipeline of `family` (wan,
+    allegro and cosmos 512, mochi 256, cogvideox 226, ltx 128); for `tiny-t5` 226."""
     padding: Literal["full", "trim"] = "full"
-    """`full` keeps pad rows; `trim` drops them (the encoder then runs with its attention mask)."""
+    """`full` keeps pad rows. `trim` drops them, where nothing is lost: they are zeros (wan, cosmos), or a
+    mask hides them from the model (ltx, mochi, allegro); cogvideox sees them."""
+    dtype: Dtype = "float32"
+    """Type of the stored embeddings."""
+    compute_dtype: Dtype = "float32"
+    """Type the model runs in."""
+    device: Device = "auto"
+    """`auto`: a GPU where torch sees one."""
+    batch_size: Positive | None = None
+    """Captions encoded at once; halved when memory runs out. Unset: 1 on a CPU, 32 on a GPU."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length_of_the_family(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("kind") == "t5" and "max_length" not in given:
+            family = FAMILIES.get(given.get("family", "cogvideox"))
+            return {**given, "max_length": family.max_length} if family else given
+        return given
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> TextEncoderConfig:
+        if self.kind == "t5" and not self.model:
+            raise ValueError("kind = 't5' needs model: a hub id or a folder")
+        if self.kind == "t5" and self.padding == "trim" and not FAMILIES[self.family].trims:
+            raise ValueError(
+                f"padding = 'trim' would change what {self.family} is given: its T5 runs without a mask and "
+                "its transformer sees the pad rows; expected padding = 'full'"
+            )
+        return self
 
 
 class ExecutorConfig(Settings):
@@ -183,11 +257,33 @@ class ExecutorConfig(Settings):
     kind: Literal["auto", "local", "ray"] = "auto"
     """`auto`: `local` for one worker, `ray` for more or when an address is given."""
     workers: Positive = 2
-    """Ray actors with a decoder child each; for `local`, decoder children. The shards do not depend on it."""
+    """Ray actors that each make whole units. `local` has one worker, this process, and begins with so many
+    decoder children. The shards do not depend on it."""
     address: str = ""
     """Ray cluster to join; empty starts Ray on this machine."""
-    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """GPU share each actor asks Ray for."""
+    gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """GPU share each actor asks Ray for; with 0 it sees none. Unset: a whole one where an encoder runs on
+    GPUs and there are some, else 0."""
+    decoders_per_worker: Positive | None = None
+    """Decoder children of each worker. Unset: as many as the measured ratio of decoding to encoding asks for
+    and the machine has cores for."""
+    decode_actors: NonNegative = 0
+    """Ray actors that only decode, on any node with a free core, and send frames to the workers, among which
+    they are dealt out: at least one each. 0: every worker decodes on its own machine."""
+    together: bool = False
+    """Keep text and video encoder in a worker's memory at once, and run prompts and latents in one pass;
+    otherwise prompts first, then latents."""
+
+    @model_validator(mode="after")
+    def _has_actors(self) -> ExecutorConfig:
+        if self.kind == "local" and self.decode_actors:
+            raise ValueError("decode_actors are Ray's; kind = 'local' has none: choose 'auto' or 'ray'")
+        if 0 < self.decode_actors < self.workers:
+            raise ValueError(
+                f"decode_actors = {self.decode_actors} is fewer than workers = {self.workers}, which need "
+                "one each; raise it, or 0 to decode in the workers"
+            )
+        return self
 
 
 class UnitsConfig(Settings):

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from schemas.sample import Family
+from schemas.sample import EMPTY_PROMPT_UNIT, Family
 
 TEXT = pa.large_string()
 """Of columns whose values may be long: all rows of a dataset together may hold more than 2 GiB."""
@@ -146,8 +146,9 @@ class History:
         return {key: sorted(earlier) for key, earlier in moved.items()}
 
     def next_unit(self, family: Family) -> int:
-        """The first unit number that no entry names."""
-        return int(column_numbers(self.table, UNIT[family]).max(initial=-1)) + 1
+        """The first unit number that no entry names, nor the empty prompt has."""
+        first = EMPTY_PROMPT_UNIT if family == "prompts" else -1
+        return int(column_numbers(self.table, UNIT[family]).max(initial=first)) + 1
 
 
 def codes_of(values: pa.ChunkedArray) -> np.ndarray:

@@ -13,12 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from schemas.card import Card
+from schemas.card import Card, read_card
 from schemas.codec import Tensor, checksum, tensor_from
 from schemas.dataset import Dataset
 from schemas.errors import DatasetError
 from schemas.history import TEXT
-from schemas.sample import Family
+from schemas.sample import EMPTY_PROMPT_UNIT, Family, SampleRecord, TensorRecord, UnitCommit
 from schemas.store import location
 from schemas.tables import read_sealed
 
@@ -54,7 +54,7 @@ def index_schema(card: Card) -> pa.Schema:
             ("shard", pa.string()),
             ("dtype", pa.string()),
             ("shape", pa.list_(pa.int64())),  # T, C, H, W
-            *_tensor_columns(card.latent_tensors),
+            *_tensor_columns((*card.latent_tensors, *card.image_tensors)),
             ("prompt_unit", pa.int64()),
             *PROMPT_COLUMNS,
             ("caption", TEXT),
@@ -87,11 +87,12 @@ def _tensor_columns(names: Iterable[str]) -> list[tuple[str, pa.DataType]]:
     return [(f"{name}_{field}", kind) for name in names for field, kind in TENSOR_FIELDS]
 
 
+PROMPT_TENSORS = ("prompt_embeds", "prompt_mask")
 PROMPT_COLUMNS: list[tuple[str, pa.DataType]] = [
     ("prompt_shard", pa.string()),
     ("prompt_embeds_dtype", pa.string()),
     ("prompt_embeds_shape", pa.list_(pa.int64())),  # S, D
-    *_tensor_columns(("prompt_embeds", "prompt_mask")),
+    *_tensor_columns(PROMPT_TENSORS),
 ]
 
 
@@ -114,6 +115,52 @@ def _read_table(path: Path, dataset: str | Path, columns: Sequence[str] | None) 
         ) from None
 
 
+def located(tensors: dict[str, TensorRecord]) -> dict[str, Any]:
+    """Tensor columns of a row, from a commit record."""
+    return {
+        f"{name}_{field}": getattr(tensor, field)
+        for name, tensor in tensors.items()
+        for field, _ in TENSOR_FIELDS
+    }
+
+
+def prompt_columns(commit: UnitCommit, sample: SampleRecord) -> dict[str, Any]:
+    """The columns of PROMPT_COLUMNS for one caption, from its commit record."""
+    embeds = sample.tensors["prompt_embeds"]
+    return {
+        "prompt_shard": commit.shard,
+        "prompt_embeds_dtype": embeds.dtype,
+        "prompt_embeds_shape": list(embeds.shape),
+        **located(sample.tensors),
+    }
+
+
+def lacks_empty_prompt(dataset: str | Path) -> bool:
+    """Whether a dataset says that it has none: it was imported from a cache without."""
+    commit = Dataset(dataset).commit("prompts", EMPTY_PROMPT_UNIT)
+    return commit is not None and not commit.samples
+
+
+def read_empty_prompt(dataset: str | Path) -> dict[str, Tensor]:
+    """`prompt_embeds` [S, D] and `prompt_mask` [S] of the empty caption, which stands for a caption that is
+    dropped; their checksums verified.
+
+    DatasetError where it is damaged, not committed yet, or not to be had (`lacks_empty_prompt`).
+    """
+    key = read_card(dataset).empty_prompt
+    commit = Dataset(dataset).commit("prompts", EMPTY_PROMPT_UNIT)
+    sample = next((sample for sample in commit.samples if sample.key == key), None) if commit else None
+    if commit is not None and commit.quarantined:
+        raise DatasetError(f"{dataset} has no empty prompt: {commit.quarantined[0].message}")
+    if commit is None or sample is None:
+        raise DatasetError(
+            f"{dataset} does not hold the empty prompt yet; run `latentpress preprocess` with its config "
+            "again"
+        )
+    row = {"sample_id": key, **prompt_columns(commit, sample)}
+    return {name: read_tensor(dataset, row, name) for name in PROMPT_TENSORS}
+
+
 def read_tensor(dataset: str | Path, row: dict[str, Any], name: str) -> Tensor:
     """One stored tensor of an index row, its checksum verified; DatasetError names shard and sample."""
     family: Family = "prompts" if name.startswith("prompt_") else "latents"
@@ -134,4 +181,5 @@ def read_tensor(dataset: str | Path, row: dict[str, Any], name: str) -> Tensor:
         return tensor_from(buffer, dtype="U8", shape=row["prompt_embeds_shape"][:1])
     if name == "prompt_embeds":
         return tensor_from(buffer, dtype=row["prompt_embeds_dtype"], shape=row["prompt_embeds_shape"])
-    return tensor_from(buffer, dtype=row["dtype"], shape=row["shape"])
+    shape = [1, *row["shape"][1:]] if name.startswith("image_") else row["shape"]
+    return tensor_from(buffer, dtype=row["dtype"], shape=shape)

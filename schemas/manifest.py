@@ -1,8 +1,9 @@
 """Manifest files -> rows, streamed; a bad row is reported, never skipped in silence.
 
 A manifest may be hostile: memory is bounded whatever it holds (`schemas.manifest_cells`). Relative paths
-resolve against its folder. Columns that are not ours are carried through. Whether a video can be read is not
-asked here: only that the row is well-formed, and that its file exists and may be read.
+resolve against its folder. A clip may have a list of captions, and is a row with each of them. Columns that
+are not ours are carried through. Whether a video can be read is not asked here: only that the row is
+well-formed, and that its file exists and may be read.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ from typing import Any
 from schemas.config import SourcesConfig
 from schemas.errors import ManifestError
 from schemas.ledger import Ledger
-from schemas.manifest_cells import read_cells
+from schemas.manifest_cells import CAPTION_KEYS, MAX_CAPTIONS, read_cells
 from schemas.sources import path_problem, url_problem
 from schemas.store import is_url
 
 VIDEO_KEYS = ("video", "video_path", "path", "media_path", "file_name")
-CAPTION_KEYS = ("caption", "text", "cap")
 MAX_CAPTION_CHARS = 65_536
 _SHOWN_CHARS = 80
 _TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
@@ -34,10 +34,11 @@ _ANYWHERE = SourcesConfig()
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One clip asked for."""
+    """One clip asked for, with one caption."""
 
     number: int
-    """Line of the file (JSONL, CSV) or row from 1 (Parquet, folder)."""
+    """Line of the file (JSONL, CSV) or row from 1 (Parquet, folder); the rows of a list of captions share
+    it."""
     source: str
     """The video as the manifest gave it."""
     path: str
@@ -84,7 +85,19 @@ def read_manifest(path: Path) -> Iterator[ManifestRow | RowProblem]:
         if isinstance(cells, str):
             yield RowProblem(number, None, "bad_row", cells)
         else:
-            yield parse_row(number, cells, folder=folder)
+            for each in _one_caption_each(cells):
+                yield parse_row(number, each, folder=folder)
+
+
+def _one_caption_each(cells: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The cells, once for every caption of a list; as they are where that is empty or too long."""
+    key = _first(cells, CAPTION_KEYS)
+    captions = cells.get(key)
+    if isinstance(captions, list) and 0 < len(captions) <= MAX_CAPTIONS:
+        for caption in captions:
+            yield {**cells, key: caption}
+    else:
+        yield cells
 
 
 def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRow | RowProblem:
@@ -101,9 +114,12 @@ def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRo
         return problem("bad_path", "the video path holds a NUL character or is not Unicode text")
     caption_key = _first(cells, CAPTION_KEYS)
     caption = cells.get(caption_key)
+    if isinstance(caption, list) and len(caption) > MAX_CAPTIONS:
+        return problem("bad_caption", f"has {len(caption)} captions; at most {MAX_CAPTIONS} are taken")
     if not isinstance(caption, str) or not caption.strip():
         found = "no caption" if caption is None else f"caption {_shown(caption)}"
-        return problem("no_caption", f"has {found}; expected text in one of {', '.join(CAPTION_KEYS)}")
+        names = ", ".join(CAPTION_KEYS)
+        return problem("no_caption", f"has {found}; expected text, or a list of texts, in one of {names}")
     if "\0" in caption or not _is_text(caption):
         return problem("bad_caption", "the caption holds a NUL character or is not Unicode text")
     if len(caption) > MAX_CAPTION_CHARS:

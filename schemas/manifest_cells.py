@@ -3,7 +3,8 @@
 In: a file that may be hostile. Out: (number, cells) of every row in order, or in place of the cells a
 sentence that says what is wrong with the row. ManifestError for a file in which the next row cannot be found
 safely. Memory is bounded by the size of a row, which is bounded too: a row of text may have MAX_ROW_CHARS,
-and of Parquet, where few bytes may stand for many, only columns of single values are taken.
+and of Parquet, where few bytes may stand for many, only columns of single values and lists of captions are
+taken.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ import pyarrow.parquet as pq
 
 from schemas.errors import ManifestError
 
+CAPTION_KEYS = ("caption", "text", "cap", "captions")
 MAX_ROW_CHARS = 1 << 20
+MAX_CAPTIONS = 64
+"""Of one row, in a list."""
 _PACKED = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -82,6 +86,11 @@ def _csv(path: Path) -> Iterator[Cells]:
         try:
             header = next(reader, [])
             lines.begin()
+            if "captions" in header and not set(header).intersection(CAPTION_KEYS[:-1]):
+                raise ManifestError(
+                    f"{path}: CSV holds no lists, so none of captions; give each its own row, in a column "
+                    "'caption', or write the manifest as JSON lines"
+                )
             for cells in reader:
                 lines.begin()
                 if len(cells) > len(header):
@@ -122,11 +131,18 @@ def _parquet(path: Path) -> Iterator[Cells]:
             number = 0
             for batch in file.iter_batches(_PARQUET_ROWS):
                 for column in batch.columns:
+                    if _is_list(column.type):
+                        _refuse_long_list(path, column)
+                        column = column.values
                     if pa.types.is_dictionary(column.type):
                         _refuse_long_text(path, column.dictionary)
-                for cells in batch.to_pylist():
-                    number += 1
-                    yield number, cells
+                # A list may hold one long text many times: such rows are made one by one.
+                lists = any(_is_list(column.type) for column in batch.columns)
+                step = 1 if lists else batch.num_rows
+                for start in range(0, batch.num_rows, step):
+                    for cells in batch.slice(start, step).to_pylist():
+                        number += 1
+                        yield number, cells
     # Beside Arrow's own: text that is not UTF-8, dates and time zones that Python does not have.
     except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         raise ManifestError(f"{path} is not a Parquet file that can be read: {error}") from error
@@ -136,13 +152,24 @@ def _text_columns(path: Path) -> list[str]:
     """Names of the columns of texts and bytes; ManifestError where a row may be too large."""
     with pq.ParquetFile(path) as file:
         columns = [file.schema.column(i) for i in range(len(file.schema))]
-        nested = {name for name, kind in _kinds(file.schema_arrow) if pa.types.is_nested(kind)}
+        nested = {
+            name
+            for name, kind in _kinds(file.schema_arrow)
+            if pa.types.is_nested(kind) and not (name in CAPTION_KEYS and _is_list_of_texts(kind))
+        }
         if nested:
             raise ManifestError(
                 f"{path}: the columns {', '.join(sorted(nested))} hold lists, maps or structs; columns of "
-                "single values are taken from Parquet: leave these out, or write the manifest as JSON lines"
+                "single values, and lists of captions, are taken from Parquet: leave these out, or write the "
+                "manifest as JSON lines"
             )
         for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+            most = max((group.column(i).num_values for i in range(group.num_columns)), default=0)
+            if most > max(group.num_rows, _PARQUET_ROWS) * MAX_CAPTIONS:
+                raise ManifestError(
+                    f"{path}: {most} values in {group.num_rows} rows; at most {MAX_CAPTIONS} captions a row "
+                    "are taken"
+                )
             if group.total_byte_size > max(group.num_rows, _PARQUET_ROWS) * MAX_ROW_CHARS:
                 raise ManifestError(
                     f"{path}: {group.num_rows} rows unpack to {group.total_byte_size} bytes; "
@@ -156,6 +183,22 @@ def _text_columns(path: Path) -> list[str]:
 
 def _kinds(schema: pa.Schema) -> list[tuple[str, pa.DataType]]:
     return list(zip(schema.names, schema.types, strict=True))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_list_of_texts(kind: pa.DataType) -> bool:
+    return _is_list(kind) and (
+        pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)
+    )
+
+
+def _refuse_long_list(path: Path, lists: pa.Array) -> None:
+    longest = pc.max(pc.list_value_length(lists)).as_py() or 0
+    if longest > MAX_CAPTIONS:
+        raise ManifestError(f"{path}: a row of {longest} captions; at most {MAX_CAPTIONS} are taken")
 
 
 def _refuse_long_text(path: Path, texts: pa.Array) -> None:

@@ -18,8 +18,8 @@ from schemas.bucket import video_tokens
 from schemas.card import Card
 from schemas.dataset import Dataset
 from schemas.history import History, column_numbers, positions
-from schemas.index import PROMPT_COLUMNS, QUARANTINE_SCHEMA, TENSOR_FIELDS, index_schema
-from schemas.sample import FailureRecord, SampleRecord, TensorRecord, UnitCommit
+from schemas.index import PROMPT_COLUMNS, QUARANTINE_SCHEMA, index_schema, located, prompt_columns
+from schemas.sample import FailureRecord, SampleRecord, UnitCommit
 
 BLOCK_ROWS = 16_384
 """Rows of a row group of the index, and most rows that are held while it is made."""
@@ -80,7 +80,7 @@ class CommitReader:
         wanted = set(asked["caption_digest"].to_pylist())
         for start in range(0, len(units), _BLOCK_UNITS):
             found = [
-                {"key": sample.key, **_prompt_part(commit, sample)}
+                {"key": sample.key, **prompt_columns(commit, sample)}
                 for commit in self._dataset.commits("prompts", units[start:][:_BLOCK_UNITS].tolist())
                 for sample in commit.samples
                 if sample.key in wanted
@@ -151,30 +151,12 @@ def _latents_part(commit: UnitCommit, sample: SampleRecord, card: Card) -> dict[
         "shard": commit.shard,
         "dtype": first.dtype,
         "shape": list(first.shape),
-        **_located(sample.tensors),
+        **located(sample.tensors),
         "num_frames": num_frames,
         "height": height,
         "width": width,
-        "bucket": f"{num_frames}x{height}x{width}",
+        "bucket": sample.meta.get("bucket", f"{num_frames}x{height}x{width}"),  # said where clips are whole
         **{name: clip[name] for name in _OF_CLIP},
         **{f"num_{name}": len(clip[name]) for name in _COUNTED},
         "num_tokens": video_tokens(first.shape),
-    }
-
-
-def _prompt_part(commit: UnitCommit, sample: SampleRecord) -> dict[str, Any]:
-    embeds = sample.tensors["prompt_embeds"]
-    return {
-        "prompt_shard": commit.shard,
-        "prompt_embeds_dtype": embeds.dtype,
-        "prompt_embeds_shape": list(embeds.shape),
-        **_located(sample.tensors),
-    }
-
-
-def _located(tensors: dict[str, TensorRecord]) -> dict[str, Any]:
-    return {
-        f"{name}_{field}": getattr(tensor, field)
-        for name, tensor in tensors.items()
-        for field, _ in TENSOR_FIELDS
     }

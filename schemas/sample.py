@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 from schemas.config import Settings
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Of everything in a dataset folder; raised when a reader of the old one would be wrong."""
 
 Family = Literal["latents", "prompts"]
+EMPTY_PROMPT_UNIT = 0
+"""The prompts unit that holds the empty caption alone; captions of rows begin in the next one."""
 _ID_HEX = 32
 
 

@@ -107,7 +107,11 @@ def _sample_problems(
     except DatasetError as error:
         yield str(error)
         return
-    names = card.latent_tensors if family == "latents" else ("prompt_embeds", "prompt_mask")
+    names = (
+        (*card.latent_tensors, *card.image_tensors)
+        if family == "latents"
+        else ("prompt_embeds", "prompt_mask")
+    )
     if set(tensors) != set(names) or set(sample.tensors) != set(names):
         yield f"holds the tensors {sorted(tensors)}, expected {sorted(names)}"
         return
@@ -121,7 +125,9 @@ def _sample_problems(
         if tensor.dtype in TAGS.values() and not np.isfinite(as_float32(tensor)).all():
             yield f"{name} holds NaN or Inf"
         if family == "latents":
-            expected = TAGS[card.settings.video_encoder.dtype], _shape(sample.meta, card)
+            shape = _shape(sample.meta, card)
+            shape = (1, *shape[1:]) if name in card.image_tensors else shape
+            expected = TAGS[card.settings.video_encoder.dtype], shape
             if (tensor.dtype, tensor.shape) != expected:
                 yield f"{name} is {tensor}, the card and its bucket give {expected[0]} {list(expected[1])}"
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from schemas.dataset import Dataset
 from schemas.store import absolute
+
+IMPORT_NAME = "import.json"
+"""In the folder of a run that imported: its arguments, but for the dataset's place."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,11 @@ class Mending:
         runs = sorted(dataset.runs.iterdir(), reverse=True) if dataset.runs.exists() else []
         configs = (run / "config.toml" for run in runs)
         config = next((str(path) for path in configs if path.exists()), "CONFIG")
-        self.rerun = shlex.join(
-            ["latentpress", "preprocess", config, "--set", f"output={absolute(dataset.root)}"]
-        )
+        command = ["preprocess", config, "--set", f"output={absolute(dataset.root)}"]
+        if imports := [path for run in runs if (path := run / IMPORT_NAME).exists()]:
+            arguments = json.loads(imports[0].read_bytes())["arguments"]
+            command = ["import", *arguments, "-o", absolute(dataset.root)]
+        self.rerun = shlex.join(["latentpress", *command])
         """With the config of the newest run, on the dataset where it is now: it may have been moved since."""
 
     def rebuilt(self, *names: str) -> str:

@@ -138,9 +138,11 @@ class Catalog:
     def _check(self) -> None:
         geometry = self.card.geometry
         num_frames = self._column("num_frames").to_numpy()
+        counts, of_row = np.unique(num_frames, return_inverse=True)
+        latent_frames = [geometry.latent_frames(n) if geometry.takes(n) else 0 for n in counts.tolist()]
         self._require(
-            self.shapes[:, 0] == (num_frames - 1) // geometry.temporal + 1,
-            f"(num_frames - 1) / {geometry.temporal} + 1 latent frames",
+            self.shapes[:, 0] == np.array(latent_frames)[of_row],
+            f"the latent frames of its num_frames, which are {geometry.rule}",
         )
         self._require(self.shapes[:, 1] == geometry.channels, f"{geometry.channels} latent channels")
         self._require((self.shapes[:, 2:] % PATCH == 0).all(1), f"height and width in multiples of {PATCH}")

@@ -179,9 +179,8 @@ def _plan_stage(catalog: Catalog, stage: StageConfig, config: TrainConfig, patch
     shapes = catalog.shapes
     latent_frames = shapes[:, 0]
     if stage.max_s is not None:
-        temporal = catalog.card.geometry.temporal
         latent_frames = prefix_frames(
-            catalog.pts_s, catalog.pts_offsets, max_s=stage.max_s, temporal=temporal
+            catalog.pts_s, catalog.pts_offsets, max_s=stage.max_s, geometry=catalog.card.geometry
         )
     # A clip is filled up to whole patches in time, see fill_patches.
     patches = -(-latent_frames // patch_t)

@@ -87,7 +87,7 @@ def train(config: TrainConfig, *, world: World) -> None:
         )
         world.say(loader.describe())
         world.say(f"attention {attention.name}: {attention.reason}")
-        if catalog.card.settings.text_encoder.padding == "trim":
+        if catalog.card.padding == "trim":
             world.say(
                 "text_encoder.padding of the dataset is 'trim': this model will not take prompts padded as "
                 "the stock pipeline pads them"

@@ -22,12 +22,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from schemas.bucket import PATCH
+from schemas.card import Card
 from schemas.config import ModelConfig
 from schemas.errors import ConfigError
 from trainer.catalog import Catalog
 from trainer.objective import Schedule, read_json, read_schedule
 from trainer.order import keyed_generator
 from trainer.parallel import ReadSlice, Slices
+from trainer.vae_match import check_vae
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -53,6 +55,8 @@ class DataShape:
     """S of the longest prompt, and D."""
     padding: Literal["full", "trim"]
     """Whether prompts kept their pad rows."""
+    card: Card | None = None
+    """Of the dataset; without one nothing is known of its VAE."""
 
 
 def data_shape(catalog: Catalog) -> DataShape:
@@ -63,7 +67,8 @@ def data_shape(catalog: Catalog) -> DataShape:
         latents=(frames, channels, height, width),
         temporal=catalog.card.geometry.temporal,
         prompt=(tokens, embed_width),
-        padding=catalog.card.settings.text_encoder.padding,
+        padding=catalog.card.padding,
+        card=catalog.card,
     )
 
 
@@ -74,6 +79,8 @@ def architecture(model: ModelConfig, data: DataShape) -> Architecture:
     folder = _transformer_folder(model.init)
     config = _complete(read_json(folder / "config.json"))
     _check_fits(config, data, folder)
+    if data.card is not None:
+        check_vae(data.card, folder, config)
     for scheduler in (folder / "scheduler", folder.parent / "scheduler"):
         if (path := scheduler / "scheduler_config.json").is_file():
             return Architecture(config, read_schedule(path))

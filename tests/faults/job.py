@@ -12,7 +12,8 @@ from tests.videos import make_video
 
 
 class Job:
-    """`num_clips` rows with two captions between them: one prompts unit, latents units of `unit_rows`.
+    """`num_clips` rows with two captions between them: their prompts unit and that of the empty prompt,
+    latents units of `unit_rows`.
 
     The second last file is broken, and the last row is a window of the first file.
     """

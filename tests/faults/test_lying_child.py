@@ -6,17 +6,21 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.child_answers import TEXT_CHARS
+from pipeline.child_answers import TEXT_CHARS, BadAnswer, DecodedAnswer, check_decoded, check_placed
+from pipeline.clip import Placed
 from pipeline.confine import NOT_ENFORCED
 from pipeline.sandbox import DecodeRequest, DecoderProcess
 from schemas.config import BucketConfig, FramesConfig, LimitsConfig, ResizeConfig
 from schemas.errors import ClipError, RunError
+from tests.pipeline.placing import INFO
 from tests.videos import make_video, read_number
 
 TIMEOUT_S = 2.0
@@ -147,6 +151,47 @@ def test_a_malformed_answer_costs_its_row(decoder: DecoderProcess, folder: Path)
     assert failure(decoder).reason == "decoder_crash"
     decoder.submit(named(folder, "fine"))
     take_good(decoder)
+
+
+def test_a_whole_clip_has_a_length_that_the_rule_allows(folder: Path) -> None:
+    with DecoderProcess(
+        frames=FramesConfig(policy="fps", target_fps=24.0, clips="whole"),
+        resize=ResizeConfig(),
+        buckets=[BucketConfig(num_frames=13, height=64, width=96)],
+        lengths=[(5, 9, 13)],
+        limits=LimitsConfig(clip_timeout_s=TIMEOUT_S),
+        program=[str(folder / "liar.py")],
+    ) as decoder:
+        decoder.submit(named(folder, "lie", {"shape": [10, 64, 96, 3]}))
+        assert failure(decoder).reason == "decoder_crash"
+        decoder.submit(named(folder, "fine"))
+        clip = decoder.result()
+    sound = DecodedAnswer(id=0, shape=[9, 64, 96, 3], bucket=0, record=clip.record, decode_s=0.0)
+    told: dict[str, Any] = {"clip": 0, "buckets": [BucketConfig(num_frames=13, height=64, width=96)]}
+    check_decoded(sound, **told, lengths=[(5, 9, 13)])
+    # 5 and 13 frames are allowed, but the record tells of 9.
+    for shape in (
+        [],
+        [0],
+        [9],
+        [5, 64, 96, 3],
+        [7, 64, 96, 3],
+        [13, 64, 96, 3],
+        [17, 64, 96, 3],
+        [9, 64, 96],
+    ):
+        with pytest.raises(BadAnswer):
+            check_decoded(sound.model_copy(update={"shape": shape}), **told, lengths=[(5, 9, 13)])
+
+
+@pytest.mark.parametrize(
+    "lie", [{}, {"num_frames": 7}, {"num_frames": 17}, {"bucket": 1}, {"bucket": -1}, {"num_clips": 2}]
+)
+def test_what_becomes_of_a_row_is_a_claim_too(lie: dict[str, Any]) -> None:
+    sound = Placed(INFO, bucket=0, num_frames=9, num_available=11, num_clips=1, notes=[], decoded=None)
+    whole = FramesConfig(policy="fps", clips="whole")
+    with pytest.raises(BadAnswer) if lie else nullcontext():
+        check_placed(replace(sound, **lie), lengths=[(5, 9, 13)], frames=whole, limits=LimitsConfig())
 
 
 def test_text_of_the_child_is_cut_and_plain(decoder: DecoderProcess, folder: Path) -> None:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.validate import validate
-from pipeline import unit
+from pipeline import child_decoder
 from pipeline.graph import preprocess
 from pipeline.sandbox import DecodeRequest, DecoderProcess
 from schemas.check import check_dataset
@@ -226,7 +226,7 @@ def test_a_run_over_poison_keeps_what_is_good_and_quarantines_each_of_the_others
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stubbed = functools.partial(DecoderProcess, program=[str(folder / "stub.py")])
-    monkeypatch.setattr(unit, "DecoderProcess", stubbed)
+    monkeypatch.setattr(child_decoder, "DecoderProcess", stubbed)
     rows = []
     for i, name in enumerate(FILES):
         rows += [{"video": name, "caption": f"poison {i}"}, {"video": "good.mp4", "caption": f"good {i}"}]

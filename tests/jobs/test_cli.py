@@ -15,7 +15,7 @@ from tests.videos import make_video
 
 COMMANDS = [
     *("demo", "scan", "validate", "plan", "preprocess", "verify", "inspect"),
-    *("train", "export-model", "bench"),
+    *("import", "train", "export-model", "bench"),
 ]
 
 CONFIG = """

@@ -24,6 +24,8 @@ from schemas.index import read_index
 from tests.pipeline.test_dct import waves
 from tests.pipeline.test_fidelity import make_dataset
 
+EXPORTED = ["dataset.json", "empty_prompt.safetensors", "samples-000000.tar"]
+
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
@@ -145,7 +147,7 @@ def test_an_unfinished_dataset_is_not_sampled_but_told_as_such(
     assert run("verify", dataset, "--sample", 2, monkeypatch=monkeypatch) == 1
     out = capsys.readouterr().out
     assert "1 unit not done yet; to go on: latentpress preprocess" in out
-    assert "1 unit, " in out
+    assert "2 units, " in out  # of captions: the empty one has its own
 
 
 def test_a_gate_needs_samples(
@@ -190,7 +192,7 @@ def test_an_export_goes_to_a_local_folder(
     assert "an export is written to a local folder" in capsys.readouterr().err
     assert os.listdir(empty) == []
     assert run("export", dataset, ".", "--format", "webdataset", monkeypatch=monkeypatch) == 0
-    assert sorted(os.listdir(empty)) == ["dataset.json", "samples-000000.tar"]
+    assert sorted(os.listdir(empty)) == EXPORTED
     assert sorted(os.listdir(tmp_path)) == ["clips", "empty"]
 
 
@@ -215,7 +217,7 @@ def test_export_says_where_it_is_and_refuses_what_is_there(
         assert capsys.readouterr().out.startswith("wrote 4 samples")
         assert run(*command, monkeypatch=monkeypatch) == 2
         assert f"{output} exists already" in capsys.readouterr().err
-    assert sorted(os.listdir(dataset.parent / "webdataset")) == ["dataset.json", "samples-000000.tar"]
+    assert sorted(os.listdir(dataset.parent / "webdataset")) == EXPORTED
     assert (
         run("export", dataset, dataset.parent / "x", "--format", "zarr", "--json", monkeypatch=monkeypatch)
         == 0

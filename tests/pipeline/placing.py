@@ -60,6 +60,8 @@ class FakeDecoder:
             if request.start_s == self.FATAL:
                 raise RunError("the decoder process does not start")
             decoded = Decoded(240, 0, 0) if full else None
-            return Placed(INFO, bucket=0, num_available=240, num_clips=1, notes=[], decoded=decoded)
+            return Placed(
+                INFO, bucket=0, num_frames=49, num_available=240, num_clips=1, notes=[], decoded=decoded
+            )
         finally:
             self._alone.release()

@@ -90,6 +90,17 @@ def test_metadata_may_hold_several_windows_of_one_video_and_wins_over_its_sideca
     ]
 
 
+def test_metadata_may_hold_several_captions_of_one_video(tmp_path: Path) -> None:
+    put(tmp_path, {"a.mp4": "", "a.txt": "not used", "b.mp4": "", "b.txt": "b"})
+    put(tmp_path, {"metadata.jsonl": json.dumps({"file_name": "a.mp4", "captions": ["one", "two"]}) + "\n"})
+    rows = [item for item in discover(tmp_path) if isinstance(item, ManifestRow)]
+    assert [(row.number, row.source, row.caption) for row in rows] == [
+        (1, "a.mp4", "one"),
+        (2, "a.mp4", "two"),
+        (3, "b.mp4", "b"),
+    ]
+
+
 def test_a_folder_reached_through_a_link_gives_each_video_once(tmp_path: Path) -> None:
     put(tmp_path / "real", {"a.mp4": "", "metadata.csv": "path,cap\na.mp4,one\n"})
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)

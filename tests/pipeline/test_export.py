@@ -25,7 +25,7 @@ from schemas.card import read_card
 from schemas.codec import as_float32
 from schemas.dataset import Dataset
 from schemas.errors import ConfigError, DatasetError, MissingExtraError
-from schemas.index import read_index
+from schemas.index import read_empty_prompt, read_index
 from tests.pipeline.fake import ask, finish, make_dataset, make_rows
 from tests.trainer.datasets import write_dataset
 
@@ -85,6 +85,12 @@ def test_plain_webdataset_and_safetensors_read_what_was_exported(dataset: Datase
     assert CAPTION in captions
     assert len(set(captions)) < len(captions)
     assert facts["scaling"] == read_card(dataset.root).scaling.model_dump(mode="json")
+    empty = safetensors.numpy.load_file(tmp_path / "out" / "empty_prompt.safetensors")
+    expected_empty = read_empty_prompt(dataset.root)
+    assert {name: values.tobytes() for name, values in empty.items()} == {
+        name: tensor.data.tobytes() for name, tensor in expected_empty.items()
+    }
+    assert not any((empty["prompt_embeds"] == sample.prompt["prompt_embeds"].data).all() for sample in ours)
 
 
 def test_members_are_those_of_the_dataset_and_exports_are_equal(dataset: Dataset, tmp_path: Path) -> None:
@@ -115,8 +121,10 @@ def test_zarr_and_xarray_read_the_same_values(tmp_path: Path, store: Any, dtype:
         *_, written = to_zarr(dataset, new)
     root = zarr.open_group(tmp_path / "out", mode="r")
     samples = list(read_samples(dataset, read_card(dataset)))
-    assert sorted(root) == [sample.key for sample in samples] == ["00000000", "00000001"]
+    assert sorted({*root} - {"empty_prompt"}) == [each.key for each in samples] == ["00000000", "00000001"]
     assert written.samples == 2
+    for name, tensor in read_empty_prompt(dataset).items():
+        assert np.asarray(root[f"empty_prompt/{name}"]).tobytes() == tensor.data.tobytes()
     assert dict(root.attrs)["scaling"] == read_card(dataset).scaling.model_dump(mode="json")
     for sample in samples:
         seen = xarray.open_zarr(tmp_path / "out", group=sample.key, consolidated=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import random
 from collections import Counter, deque
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class FakeCrew:
     """Workers whose tasks end as `fate` says, in an order drawn from `seed`; `store` is what is committed."""
 
     name = "fake"
+    gpu_names: list[str] = []  # noqa: RUF012
 
     def __init__(self, fate: Fate, *, workers: int = 1, depth: int = 2, seed: int = 0) -> None:
         self.workers, self.depth, self._fate = workers, depth, fate
@@ -77,6 +79,19 @@ class FakeCrew:
         if task.row is not None:
             return None
         return self.store.setdefault(task.unit.number, result_for(task))
+
+
+class LosingCrew(FakeCrew):
+    """An answer is lost with its worker where the task behind it kills that at once."""
+
+    def next(self, timeout_s: float | None) -> Event | None:
+        for worker, held in self._held.items():
+            if len(held) > 1 and isinstance(self._fate(worker, held[1]), Death):
+                if self._fate(worker, held[0]) is None:
+                    self._run(held[0])
+                self._starting.append(worker)
+                return Died(worker, tuple(self._held.pop(worker)), "signal SIGSEGV")
+        return super().next(timeout_s)
 
 
 def result_for(task: Task, *, ours: bool = True) -> UnitResult:
@@ -225,6 +240,14 @@ def test_after_a_lost_answer_the_next_unit_is_not_blamed() -> None:
     assert run.notes == {"worker_died": 2}
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_row_whose_answer_is_lost_is_not_condemned_for_the_next_one(workers: int) -> None:
+    run = Run(LosingCrew(dies_over("1.1"), workers=workers))
+    results = run(units(4))
+    assert results[1].failures == (("worker_crash", "1.1"),)
+    assert sum(result.kept for result in results.values()) == 11
+
+
 def test_want_of_memory_condemns_nobody() -> None:
     run = Run(FakeCrew(dies_the_first_times(1, RETRIES, Death("memory", starved=True))))
     assert all(result.kept == 3 for result in run(units(3)).values())
@@ -293,6 +316,42 @@ def test_units_that_another_driver_commits_are_not_run_again() -> None:
     doubled = len(crew.began) + sum(not result.ours for result in crew.store.values()) - len(work)
     assert len(crew.began) < 150
     assert doubled < 20
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_is_told_what_it_will_get_next(workers: int, depth: int) -> None:
+    crew = FakeCrew(lambda worker, task: None, workers=workers, depth=depth)
+    given: dict[int, list[Task]] = {worker: [] for worker in range(workers)}
+    give = crew.give
+
+    def noted(worker: int, task: Task) -> None:
+        given[worker].append(task)
+        give(worker, task)
+
+    crew.give = noted  # type: ignore[method-assign]
+    Run(crew)(units(40))
+    hints = [
+        (told.then, got.unit)
+        for tasks in given.values()
+        for told, got in itertools.pairwise(tasks)
+        if told.then
+    ]
+    assert len(hints) >= 40 - 2 * workers - workers * depth
+    wrong = sum(then is not got for then, got in hints)
+    assert wrong == 0 if workers == 1 else wrong <= workers, "only at the end, where work is shared out"
+    assert all(tasks[-1].then is None or workers > 1 for tasks in given.values())
+
+
+def test_a_unit_that_comes_between_leaves_the_promise_standing() -> None:
+    run = Run(FakeCrew(dies_over("1.1"), depth=1))
+    run(units(6))
+    fresh = [task.unit.number for task in run.crew.began if task.row is None and not task.condemned]
+    assert fresh == [0, 1, 1, 2, 3, 4, 5]
+    assert all(task.then is None for task in run.crew.began if task.row is not None)
+    again = next(task for task in run.crew.began if task.condemned)
+    assert again.then is not None
+    assert again.then.number == 2
 
 
 @given(

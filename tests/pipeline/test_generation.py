@@ -13,15 +13,17 @@ import pytest
 
 from pipeline import reindex
 from pipeline.commit import publish
+from pipeline.export import to_webdataset
 from pipeline.generation import pending_units
 from pipeline.outlook import Outlook
 from pipeline.reindex import update_tables
+from pipeline.shard_writer import ShardWriter
 from schemas.check import check_dataset
 from schemas.dataset import Dataset
-from schemas.errors import ManifestError
+from schemas.errors import DatasetError, ManifestError
 from schemas.history import KEY, row_keys
-from schemas.index import read_index
-from schemas.sample import Family
+from schemas.index import lacks_empty_prompt, read_empty_prompt, read_index, read_tensor
+from schemas.sample import FailureRecord, Family
 from tests.pipeline.fake import BROKEN, ask, finish, make_dataset, make_rows, write_unit
 
 
@@ -67,6 +69,78 @@ def test_added_rows_make_new_units_and_leave_the_old_shards_alone(root: Path, tm
     after = shards(dataset)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 2
+
+
+def test_the_empty_prompt_is_asked_for_always_and_alone(root: Path, tmp_path: Path) -> None:
+    dataset, card = make_dataset(root)
+    with pytest.raises(DatasetError, match="does not hold the empty prompt yet"):
+        read_empty_prompt(root)
+    rows = make_rows(tmp_path / "videos", 3)
+    rows[0] = dataclasses.replace(rows[0], caption="")
+    outlook = ask(dataset, card, rows)
+    assert (outlook.captions_to_encode, outlook.units_unfinished) == (3, 0)
+    units = pending_units(dataset, "prompts")
+    found = [(unit.number, [row["caption"] for row in unit.rows]) for unit in units]
+    assert found == [(0, [""]), (1, ["caption 1", "caption 2"])]
+    assert (len(units), units.num_rows, units[-1], units[:1]) == (2, 3, units[1], [units[0]])
+    with pytest.raises(IndexError):
+        units[2]
+    assert str(ask(dataset, card, rows)) == "3 rows: 4 units unfinished"
+    finish(dataset, card)
+    assert list(pending_units(dataset, "prompts")) == []
+    assert read_index(root)["prompt_unit"].to_pylist() == [0, 1, 1]
+    expected = read_index(root).to_pylist()[0]
+    for name, tensor in read_empty_prompt(root).items():
+        assert tensor.data.tobytes() == read_tensor(root, expected, name).data.tobytes()
+
+    rows = make_rows(tmp_path / "videos", 4)[3:]  # grown, and no row has an empty caption any more
+    ask(dataset, card, rows)
+    finish(dataset, card)
+    assert check_dataset(root).clean
+    assert check_dataset(root).prompts == 2
+
+    dataset.commit_path("prompts", 0).unlink()
+    verdict = check_dataset(root)
+    assert (verdict.unfinished, verdict.findings) == (1, [])
+    outlook = ask(dataset, card, rows)
+    assert (str(outlook), outlook.captions_to_encode) == ("1 row: 1 unit unfinished", 1)
+    finish(dataset, card)
+    assert check_dataset(root).clean
+
+
+def test_a_damaged_empty_prompt_is_refused_and_found(root: Path, tmp_path: Path) -> None:
+    dataset, card = make_dataset(root)
+    ask(dataset, card, make_rows(tmp_path / "videos", 2))
+    finish(dataset, card)
+    commit = dataset.commit("prompts", 0)
+    assert commit is not None
+    assert commit.shard is not None
+    data = bytearray((root / commit.shard).read_bytes())
+    data[commit.samples[0].tensors["prompt_embeds"].offset] ^= 1
+    (root / commit.shard).write_bytes(data)
+    with pytest.raises(DatasetError, match=r"prompt_embeds is damaged"):
+        read_empty_prompt(root)
+    assert {finding.file for finding in check_dataset(root).findings} == {commit.shard}
+
+
+def test_a_dataset_may_say_that_it_has_no_empty_prompt(root: Path, tmp_path: Path) -> None:
+    """One that was imported from a cache without it."""
+    dataset, card = make_dataset(root)
+    ask(dataset, card, make_rows(tmp_path / "videos", 2))
+    assert not lacks_empty_prompt(root)
+    failure = FailureRecord(
+        key=card.empty_prompt, stage="import", reason="no_empty_prompt", message="not in it", attempts=1
+    )
+    fingerprint = card.family_fingerprint("prompts")
+    with ShardWriter(dataset, family="prompts", unit=0, fingerprint=fingerprint) as shard:
+        shard.commit(quarantined=[failure], seconds={})
+    finish(dataset, card)
+    assert check_dataset(root).clean
+    with pytest.raises(DatasetError, match="has no empty prompt: not in it"):
+        read_empty_prompt(root)
+    *_, written = to_webdataset(root, tmp_path, shard_bytes=1)
+    assert written.samples == 2
+    assert not (tmp_path / "empty_prompt.safetensors").exists()
 
 
 def test_an_edited_caption_runs_the_text_encoder_alone(root: Path, tmp_path: Path) -> None:
@@ -135,7 +209,8 @@ def test_a_removed_row_does_not_run_and_gets_another_unit_when_it_comes_back(
     ask(dataset, card, [rows[0], rows[2], rows[3]])
     units = {family: pending_units(dataset, family) for family in KEY}
     assert [row["source"] for unit in units["latents"] for row in unit.rows] == ["0.mp4", "2.mp4", "3.mp4"]
-    assert [row["caption"] for unit in units["prompts"] for row in unit.rows] == ["caption 0", "caption 2"]
+    captions = [row["caption"] for unit in units["prompts"] for row in unit.rows]
+    assert captions == ["", "caption 0", "caption 2"]
     finish(dataset, card)
     assert check_dataset(root).clean
     for _ in range(2):  # kept, then hidden and back once more

@@ -113,14 +113,15 @@ def test_a_lost_unit_alone_is_made_again_with_the_same_bytes(manifest: Path, tmp
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("workers", "decode_actors"), [(2, 0), (1, 2)])
 def test_ray_gives_the_bytes_of_the_local_route(
-    dataset: Path, manifest: Path, tmp_path: Path, workers: int
+    dataset: Path, manifest: Path, tmp_path: Path, workers: int, decode_actors: int
 ) -> None:
     root = tmp_path / "latents"
-    summary, _ = preprocess(config_for(manifest, root, executor={"kind": "ray", "workers": workers}))
+    executor = {"kind": "ray", "workers": workers, "decode_actors": decode_actors}
+    summary, _ = preprocess(config_for(manifest, root, executor=executor))
     assert summary["last_run"]["executor"] == {"kind": "ray", "workers": workers}
-    assert len(shard_hashes(root)) == 6
+    assert len(shard_hashes(root)) == 7
     assert shard_hashes(root) == shard_hashes(dataset)
     assert read_index(root).equals(read_index(dataset))
 

@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 
 from pipeline.generation import pending_units
 from pipeline.retry import retry_failed
+from schemas.check import check_dataset
 from schemas.index import read_index, read_quarantine
 from schemas.manifest import ManifestRow
 from schemas.resolve import build_tables
-from schemas.sample import Family
+from schemas.sample import EMPTY_PROMPT_UNIT, Family
 from tests.pipeline.fake import BROKEN, ask, finish, make_dataset, write_unit
 
 _NAMES = tuple("abcd")
 _CONTENTS = (b"one", b"two", b"three", BROKEN)
-_CAPTIONS = ("sea", "hill", "town")
+_CAPTIONS = ("sea", "hill", "town", "")
 _CHANGES = ("add", "remove", "edit", "replace", "reorder")
 _EVENTS = ("nothing", "killed", "second driver", "retry")
 Value = TypeVar("Value", str, bytes)
@@ -116,6 +117,12 @@ class World:
             names = ["sample_id", "caption", "path"]
             expected = read_index(fresh.root).select(names).to_pylist()
         assert sorted(index.select(names).to_pylist(), key=str) == sorted(expected, key=str)
+
+        # The empty prompt is in a unit of its own, whatever rows were asked for.
+        commit = self.dataset.commit("prompts", EMPTY_PROMPT_UNIT)
+        assert commit is not None
+        assert [sample.key for sample in commit.samples] == [self.card.empty_prompt]
+        assert check_dataset(self.dataset.root).clean
 
         # What was written stays as it is.
         now = {path: path.read_bytes() for path in self.dataset.root.glob("*/*/*.tar")}

@@ -327,7 +327,7 @@ def test_preprocess_makes_the_same_shards_in_a_store_as_in_a_folder(
         if path.is_file()
     }
     exact = [name for name in local if name.endswith((".tar", "index.parquet", "quarantine.parquet"))]
-    assert len(exact) == 5
+    assert len(exact) == 6
     assert {name: stored[name] for name in exact} == {name: local[name] for name in exact}
     records = {name for name in local if not name.startswith("runs/")}
     assert {name for name in stored if not name.startswith("runs/")} == records

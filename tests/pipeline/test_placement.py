@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.clip import Decoded, Placed
@@ -14,7 +15,7 @@ from pipeline.placement import place_clip
 from schemas.config import BucketConfig, FramesConfig, LimitsConfig, PictureConfig, ResizeConfig
 from schemas.errors import ClipError
 from tests.pipeline.test_decode import damage
-from tests.videos import make_video
+from tests.videos import make_video, read_number
 
 BUCKETS = [
     BucketConfig(num_frames=num_frames, height=height, width=width)
@@ -86,6 +87,38 @@ def test_a_row_makes_as_many_clips_as_fit(tmp_path: Path) -> None:
     assert place(path, **slide).num_clips == (36 - 17) // 4 + 1
     assert place(path, **slide, end_s=0.5).num_clips == 1
     assert place(path).num_clips == 1
+
+
+@pytest.mark.parametrize(
+    ("end_s", "position", "num_frames", "filled"),
+    [(1.5, 0, 33, 0), (1.3, 0, 25, 0), (1.0, 0, 17, 0), (0.7, 2, 17, 0), (0.6, 2, 9, 0), (0.25, 2, 9, 3)],
+)
+def test_a_whole_clip_is_as_long_as_its_row_and_the_rules_allow(
+    tmp_path: Path, end_s: float, position: int, num_frames: int, filled: int
+) -> None:
+    """Of 36, 32, 24, 17, 15 and 6 pictures; counts of 8n + 1 from 9 to 33 are allowed."""
+    path = make_video(tmp_path / "a.mp4", num_frames=36)
+    lengths = [(9, 17, 25, 33), (9, 17), (9, 17), (9, 17)]
+    buckets = [BUCKETS[0].model_copy(update={"num_frames": 33}), *BUCKETS[1:]]
+    settings: dict[str, Any] = {
+        "end_s": end_s,
+        "frames": FramesConfig(policy="contiguous", target_fps=24.0, clips="whole", short="repeat_last"),
+        "buckets": buckets,
+        "lengths": lengths,
+        "limits": LimitsConfig(),
+    }
+    placed = place_clip(path, **settings)
+    buffer = np.zeros(33 * 64 * 96 * 3, np.uint8)
+    frames, bucket, record = decode_clip(path, **settings, resize=ResizeConfig(), buffer=buffer)
+    assert (placed.num_frames, placed.num_clips) == (num_frames, 1)
+    assert placed.bucket == bucket == position
+    assert frames.shape == (num_frames, 64, 96, 3)
+    assert np.shares_memory(frames, buffer)
+    assert len(record.pts_s) == len(record.frame_weights) == num_frames
+    assert len(record.duplicated) == filled
+    pictures = [read_number(picture) for picture in frames]
+    assert pictures == [min(i, placed.num_available - 1) for i in range(num_frames)]
+    assert record.coverage == pytest.approx(min(1.0, num_frames / 24 / end_s), abs=1e-4)
 
 
 def test_it_refuses_what_a_decode_refuses(tmp_path: Path, clips_dir: Path) -> None:

@@ -152,6 +152,17 @@ def test_the_clips_of_a_row_go_through(clip_path: Path) -> None:
         assert [take(process), take(process)] == [list(range(9)), list(range(4, 13))]
 
 
+def test_a_clip_as_long_as_its_row_goes_through(clip_path: Path) -> None:
+    frames = FramesConfig(policy="fps", target_fps=24.0, clips="whole")
+    lengths = [(5, 7, 9)] * len(BUCKETS)
+    with decoder(frames=frames, lengths=lengths) as process:
+        for end_s, num_frames in ((0.3, 7), (0.25, 5), (None, 9)):
+            request = DecodeRequest(str(clip_path), end_s=end_s)
+            assert process.place(request).num_frames == num_frames
+            process.submit(request)
+            assert take(process) == list(range(num_frames))
+
+
 def test_a_changed_file_is_opened_anew(clip_path: Path) -> None:
     with decoder() as process:
         for _ in range(2):

@@ -34,7 +34,7 @@ def test_same_input_same_shard_bytes(dataset: Dataset, tmp_path: Path) -> None:
     finish(other, card)
     ours = {p.relative_to(dataset.root): p.read_bytes() for p in dataset.root.glob("*/*/*.tar")}
     theirs = {p.relative_to(other.root): p.read_bytes() for p in other.root.glob("*/*/*.tar")}
-    assert len(ours) == 5
+    assert len(ours) == 6
     assert ours == theirs
 
 

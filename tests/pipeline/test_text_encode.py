@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.text_encode import TextEncoder, TextEncoding, load_text_encoder
+from pipeline.text_encode import TextEncoder, load_text_encoder
+from pipeline.text_encoding import TextEncoding
 from schemas.config import TextEncoderConfig
 
 CAPTIONS = ["A cat.", "A dog.", "", "Ein Löwe 🦁 schläft.", "A person shuffles red cups on a table. " * 9]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import errno
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.commit import commit_once, make_folder
 from pipeline.generation import Unit, add_generation, pending_units
 from pipeline.graph import wanted_card
+from pipeline.shard_writer import ShardWriter
 from pipeline.source import identify
 from pipeline.unit import UnitWorker
+from pipeline.video_encode import DctEncoder, Moments
 from schemas.card import Card, card_bytes, card_path
 from schemas.config import PreprocessConfig
 from schemas.dataset import Dataset
@@ -41,7 +47,12 @@ def unit(config: PreprocessConfig, card: Card, tmp_path: Path) -> Unit:
     for i in range(2):
         make_video(tmp_path / f"{i}.mp4", num_frames=12 + i)
     (tmp_path / "2.mp4").write_bytes(b"no video")
-    rows = [ManifestRow(i + 1, f"{i}.mp4", str(tmp_path / f"{i}.mp4"), "a caption") for i in range(3)]
+    return planned(config, card, tmp_path, 3)
+
+
+def planned(config: PreprocessConfig, card: Card, folder: Path, count: int) -> Unit:
+    """A new dataset's one unit of latents, of the videos 0, 1, ... in `folder`."""
+    rows = [ManifestRow(i + 1, f"{i}.mp4", str(folder / f"{i}.mp4"), "a caption") for i in range(count)]
     dataset = Dataset(config.output)
     make_folder(dataset.root)
     commit_once(card_path(dataset.root), card_bytes(card))
@@ -81,9 +92,73 @@ def test_a_row_that_is_tried_alone_leaves_nothing(
     before = sorted(Path(config.output).rglob("*"))
     for row in unit.rows:
         worker.try_row(unit, row["key"])
-    (prompts,) = pending_units(Dataset(config.output), "prompts")
-    worker.try_row(prompts, prompts.rows[0]["key"])
+    for prompts in pending_units(Dataset(config.output), "prompts"):
+        worker.try_row(prompts, prompts.rows[0]["key"])
     assert sorted(Path(config.output).rglob("*")) == before
+
+
+def test_decoding_encoding_and_writing_go_on_beside_each_other(
+    config: PreprocessConfig, card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits for what another can only do meanwhile; one after the other they would wait for ever."""
+    second_clip_is_there, third_batch_is_begun = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    class Watched(DctEncoder):
+        calls = 0
+
+        def buffer(self, num_clips: int, shape: tuple[int, int, int]) -> np.ndarray:
+            self.calls += 1
+            if self.calls == 2:
+                second_clip_is_there.set()
+            return super().buffer(num_clips, shape)
+
+        def begin(self, frames: np.ndarray, *, tiled: bool = False) -> Callable[[], Moments]:
+            number = sum(each.startswith("begun") for each in order)
+            order.append(f"begun {number}")
+            if number == 2:
+                third_batch_is_begun.set()
+
+            def wait() -> Moments:
+                assert second_clip_is_there.wait(60), "no clip is decoded while one is encoded"
+                order.append(f"encoded {number}")
+                return super(Watched, self).encode(frames)
+
+            return wait
+
+    add = ShardWriter.add
+
+    def watched_add(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
+        assert third_batch_is_begun.wait(60), "nothing is encoded while a sample is written"
+        order.append("written")
+        add(self, *args, **kwargs)
+
+    monkeypatch.setattr("pipeline.encoders.load_video_encoder", Watched)
+    monkeypatch.setattr(ShardWriter, "add", watched_add)
+    for i in range(4):
+        make_video(tmp_path / f"{i}.mp4", num_frames=12 + i)
+    worker = UnitWorker(config, card)
+    result = worker.run(planned(config, card, tmp_path, 4))
+    worker.close()
+    assert (result.kept, result.failures) == (4, ())
+    assert order.index("begun 2") < order.index("written")
+    assert [each for each in order if each != "written"] == [
+        f"{what} {number}" for number in range(4) for what in ("begun", "encoded")
+    ]
+
+
+def test_a_unit_whose_writing_fails_ends_with_that_error_and_leaves_nothing(
+    config: PreprocessConfig, worker: UnitWorker, unit: Unit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: ShardWriter, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", full)
+        with pytest.raises(OSError, match="No space left"):
+            worker.run(unit)
+    assert not [path for path in Path(config.output, "latents").rglob("*") if path.is_file()]
+    assert worker.run(unit).kept == 2
 
 
 def test_the_second_of_two_workers_learns_that_it_was_not_first(

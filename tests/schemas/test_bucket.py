@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from schemas.bucket import Geometry, check_buckets, choose_bucket, video_tokens
-from schemas.config import BucketConfig, TargetConfig
+from schemas.bucket import Geometry, check_buckets, choose_bucket, clip_lengths, video_tokens
+from schemas.config import BucketConfig, FramesConfig, TargetConfig
 from schemas.errors import ConfigError
 
 COGVIDEOX = Geometry(temporal=4, spatial=8, channels=16)
@@ -134,6 +136,45 @@ def test_rules_that_exclude_each_other_say_so() -> None:
         )
 
 
+@settings(deadline=None)
+@given(
+    st.integers(1, 120),
+    TARGETS,
+    st.sampled_from([COGVIDEOX, replace(COGVIDEOX, causal=False), replace(COGVIDEOX, segment_frames=9)]),
+    st.sampled_from([32, 226]),
+)
+def test_the_lengths_of_whole_clips_are_those_that_the_rules_allow(
+    num_frames: int, target: TargetConfig, geometry: Geometry, text_length: int
+) -> None:
+    own = [bucket(num_frames, 64, 64), bucket(17, 64, 64)]
+    rules: dict[str, Any] = {"target": target, "text_length": text_length}
+    assert clip_lengths(own, geometry, frames=FramesConfig(), **rules) == ((num_frames,), (17,))
+    whole = FramesConfig(policy="fps", clips="whole")
+    lengths = clip_lengths(own, geometry, frames=whole, **rules)[0]
+    assert lengths[-1] == num_frames
+    assert list(lengths) == sorted(set(lengths))
+    for length in range(2, num_frames):
+        more, segments = length - 1, 1
+        fits = geometry.takes(length) and more % target.frame_multiple == 0
+        if target.segment_frames and more >= target.segment_frames:
+            segments = more // target.segment_frames
+            fits = fits and more % target.segment_frames == 0
+        if fits:
+            patches, rest = divmod(geometry.latent_frames(length), target.patch_size_t)
+            fits = not rest and (patches * 16 + segments * text_length) % target.token_multiple == 0
+        assert (length in lengths) == fits
+    event(f"several lengths: {len(lengths) > 1}")
+
+
+def test_segments_name_the_nearest_counts() -> None:
+    pieces = replace(COGVIDEOX, segment_frames=49)
+    check_buckets([bucket(98, 480, 720)], pieces)
+    with pytest.raises(ConfigError, match="takes a multiple of 49 frames; nearest are 98 and 147"):
+        check_buckets([bucket(121, 480, 720)], pieces)
+    with pytest.raises(ConfigError, match=r"nearest is 49$"):
+        check_buckets([bucket(48, 480, 720)], pieces)
+
+
 def test_all_problems_are_in_one_error() -> None:
     buckets = [bucket(48, 480, 720), bucket(49, 480, 721), bucket(49, 480, 720)]
     with pytest.raises(ConfigError) as error:
@@ -161,6 +202,12 @@ def test_equal_aspects_prefer_the_most_frames_a_clip_can_fill() -> None:
     assert choose_bucket(buckets, width=720, height=480, num_pictures=60) == 1
     assert choose_bucket(buckets, width=720, height=480, num_pictures=500) == 2
     assert choose_bucket(buckets, width=720, height=480, num_pictures=3) == 0
+
+
+def test_whole_clips_prefer_the_fewest_frames_that_hold_all_of_them() -> None:
+    buckets = [bucket(25, 960, 1440), bucket(49, 480, 720), bucket(81, 240, 360)]
+    for pictures, best in ((3, 0), (25, 0), (26, 1), (60, 2), (500, 2)):
+        assert choose_bucket(buckets, width=720, height=480, num_pictures=pictures, whole=True) == best
 
 
 def test_equal_aspects_prefer_the_largest_picture_that_needs_no_enlarging() -> None:
@@ -193,3 +240,46 @@ def test_the_order_of_buckets_never_matters(
         for order in itertools.permutations(buckets)
     }
     assert len(choices) == 1
+
+
+def test_other_frame_rules_are_named_with_their_nearest_counts() -> None:
+    plain = Geometry(temporal=4, spatial=8, channels=4, causal=False)
+    with pytest.raises(ConfigError, match=r"takes 4n frames; nearest are 8 and 12"):
+        check_buckets([bucket(9, 32, 32)], plain)
+    pieces = Geometry(temporal=4, spatial=8, channels=4, segment_frames=17)
+    with pytest.raises(ConfigError, match=r"takes a multiple of 17 frames; nearest are 34 and 51"):
+        check_buckets([bucket(49, 32, 32)], pieces)
+    assert plain.latent_frames(12) == 3
+    assert pieces.latent_frames(51) == 3 * 5
+    with pytest.raises(ValueError, match=r"segment_frames = 16: expected 4n \+ 1 frames"):
+        Geometry(temporal=4, spatial=8, channels=4, segment_frames=16)
+
+
+def test_windows_must_cover_a_clip_exactly() -> None:
+    """Allegro leaves zeros where none of its windows of 24 x 320 x 320 reaches."""
+    allegro = Geometry(4, 8, 4, causal=False, windows=((24, 16), (320, 200), (320, 240)))
+    check_buckets([bucket(88, 720, 1280)], allegro)
+    assert allegro.latent_shape(bucket(88, 720, 1280)) == (22, 4, 90, 160)
+    with pytest.raises(ConfigError) as error:
+        check_buckets([bucket(90, 480, 1280), bucket(8, 720, 320)], allegro)
+    assert "takes 16n + 24 frames; nearest are 88 and 104" in str(error.value)
+    assert "height = 480: expected a multiple of 16 pixels, and 200n + 320; nearest 320 and 720" in str(
+        error.value
+    )
+    assert "buckets.1.num_frames = 8: the video encoder takes 16n + 24 frames; nearest is 24" in str(
+        error.value
+    )
+
+
+def test_a_patch_of_one_takes_sides_that_a_patch_of_two_does_not() -> None:
+    ltx = Geometry(temporal=8, spatial=32, channels=128)
+    with pytest.raises(ConfigError, match="height = 480: expected a multiple of 64 pixels"):
+        check_buckets([bucket(97, 480, 704)], ltx)
+    check_buckets([bucket(97, 480, 704)], ltx, target=TargetConfig(patch_size=1))
+
+
+def test_a_clip_longer_than_its_scaling_is_refused() -> None:
+    cosmos = Geometry(temporal=8, spatial=8, channels=16)
+    check_buckets([bucket(121, 32, 32)], cosmos, most_latent_frames=16)
+    with pytest.raises(ConfigError, match="129: 17 latent frames, and the model's scaling knows 16"):
+        check_buckets([bucket(129, 32, 32)], cosmos, most_latent_frames=16)

@@ -57,8 +57,8 @@ def test_a_finished_dataset_is_clean(dataset: Dataset) -> None:
     verdict = check_dataset(dataset.root, progress=lambda done, total: seen.append((done, total)))
     assert verdict.clean, verdict.findings
     assert verdict.notes == []
-    assert (verdict.samples, verdict.prompts, verdict.quarantined, verdict.units) == (8, 3, 1, 4)
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert (verdict.samples, verdict.prompts, verdict.quarantined, verdict.units) == (8, 4, 1, 5)
+    assert seen == [(done, 5) for done in range(1, 6)]
     assert read_index(dataset.root).num_rows == 8
     assert read_quarantine(dataset.root).to_pylist()[0]["source"] == "7.mp4"
 
@@ -365,7 +365,7 @@ def test_only_what_is_asked_for_now_is_counted(dataset: Dataset, tmp_path: Path)
     ask(dataset, card, make_rows(tmp_path / "videos", 2), unit_rows=4)
     finish(dataset, card)
     verdict = check_dataset(dataset.root)
-    assert (verdict.samples, verdict.prompts, verdict.quarantined, verdict.units) == (2, 2, 0, 4)
+    assert (verdict.samples, verdict.prompts, verdict.quarantined, verdict.units) == (2, 3, 0, 5)
     assert verdict.clean
 
 

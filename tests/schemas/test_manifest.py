@@ -289,3 +289,79 @@ def test_columns_of_every_plain_kind_are_carried_through_from_parquet(folder: Pa
     pq.write_table(table, folder / "m.parquet")
     (row,) = rows_of(folder / "m.parquet")[0]
     assert row.extra == {"id": 7, "raw": b"\xff", "long": "y", "a.b": "dotted"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "parquet-large"])
+@pytest.mark.parametrize("column", ["caption", "captions", "cap", "text"])
+def test_a_list_of_captions_makes_a_row_with_each(folder: Path, kind: str, column: str) -> None:
+    cells: list[dict[str, Any]] = [
+        {"video": "a.mp4", column: ["one", "two"], "end_s": 2.0, "tag": "x"},
+        {"video": "b.mp4", column: ["three"]},
+    ]
+    if kind == "jsonl":
+        path = write_jsonl(folder / "m.jsonl", cells)
+    else:
+        path, table = folder / "m.parquet", pa.Table.from_pylist(cells)
+        if kind == "parquet-large":
+            field = pa.field(column, pa.large_list(pa.large_string()))
+            table = table.cast(table.schema.set(table.schema.get_field_index(column), field))
+        pq.write_table(table, path)
+    rows, problems = rows_of(path)
+    assert problems == []
+    assert [(row.number, row.source, row.caption, row.end_s) for row in rows] == [
+        (1, "a.mp4", "one", 2.0),
+        (1, "a.mp4", "two", 2.0),
+        (2, "b.mp4", "three", None),
+    ]
+    assert rows[0].extra == rows[1].extra == {"tag": "x"}
+    write_manifest(folder / "again.jsonl", rows)
+    assert [row.caption for row in rows_of(folder / "again.jsonl")[0]] == ["one", "two", "three"]
+
+
+def test_captions_of_a_list_that_cannot_be_used_are_named_and_the_others_kept(folder: Path) -> None:
+    path = write_jsonl(
+        folder / "m.jsonl",
+        [
+            {"video": "a.mp4", "captions": ["one", "", None, 3, "one", ["two"]]},
+            {"video": "b.mp4", "captions": []},
+            {"video": "b.mp4", "captions": ["x"] * 65},
+        ],
+    )
+    rows, problems = rows_of(path)
+    assert [row.caption for row in rows] == ["one"]
+    assert [problem.reason for problem in problems] == [
+        *["no_caption"] * 3,
+        "duplicate",
+        *["no_caption"] * 2,
+        "bad_caption",
+    ]
+    assert "caption ['two']; expected text, or a list of texts, in one of caption, text, cap" in str(
+        problems[4]
+    )
+    assert str(problems[-1]) == "row 3 (b.mp4): has 65 captions; at most 64 are taken"
+
+
+def test_csv_has_no_list_of_captions(folder: Path) -> None:
+    (folder / "m.csv").write_text("video,captions\na.mp4,\"['one', 'two']\"\n")
+    with pytest.raises(ManifestError, match="CSV holds no lists"):
+        list(read_manifest(folder / "m.csv"))
+    (folder / "m.csv").write_text("video,caption,captions\na.mp4,one,two\n")
+    ((row,), _) = rows_of(folder / "m.csv")
+    assert (row.caption, row.extra) == ("one", {"captions": "two"})
+
+
+@pytest.mark.parametrize(
+    ("captions", "said"),
+    [
+        ([["x"] * 65], "a row of 65 captions; at most 64"),
+        ([["x"] * 1_000_000], "at most 64 captions a row"),
+        ([["x"], ["x" * LONG]], "at most 1048576"),
+        ([[1]], "hold lists"),
+    ],
+    ids=["long", "endless", "text", "numbers"],
+)
+def test_lists_of_captions_in_parquet_are_bounded(folder: Path, captions: list[Any], said: str) -> None:
+    table = pa.table({"video": ["a.mp4"] * len(captions), "captions": captions})
+    pq.write_table(table, folder / "m.parquet", dictionary_pagesize_limit=1 << 30)
+    with pytest.raises(ManifestError, match=said):
+        list(read_manifest(folder / "m.parquet"))

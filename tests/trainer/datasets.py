@@ -49,7 +49,7 @@ def clip_tensors(number: int, shape: Shape, *, store: str, dtype: Dtype) -> dict
 
 
 def prompt_tensors(number: int) -> dict[str, Tensor]:
-    """What is stored for the caption of clip `number`."""
+    """What is stored for the caption of clip `number`; -1 is the empty prompt."""
     length = 4 + number % 5
     values = np.random.default_rng(1000 + number).standard_normal((length, PROMPT_WIDTH))
     return {
@@ -96,7 +96,8 @@ def write_dataset(
             with ShardWriter(dataset, family=family, unit=unit.number, fingerprint=fingerprint) as shard:
                 for row in unit.rows:
                     if family == "prompts":
-                        shard.add(row["key"], prompt_tensors(int(row["caption"].split()[1])), meta={})
+                        number = int(row["caption"].removeprefix("clip ") or -1)
+                        shard.add(row["key"], prompt_tensors(number), meta={})
                     else:
                         number = int(row["source"])
                         tensors = clip_tensors(number, shapes[number], store=store, dtype=dtype)

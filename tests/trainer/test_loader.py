@@ -360,7 +360,7 @@ def change(table: pa.Table, column: str, value: Any) -> pa.Table:
         ("shape", lambda old: [old[0], old[1] // 2, old[2] * 2, old[3]], "16 latent channels"),
         ("shape", lambda old: old[:3], "a shape of 4 numbers"),
         ("shape", lambda old: [-old[0], -old[1], old[2], old[3]], "a positive shape"),
-        ("num_frames", 401, r"\(num_frames - 1\) / 4 \+ 1 latent frames"),
+        ("num_frames", 401, r"the latent frames of its num_frames, which are 4n \+ 1"),
         ("mean_nbytes", lambda old: old - 4, "mean_nbytes to agree with shape"),
         ("dtype", "BF16", "dtype F32 as in the first sample"),
         ("pts_s", lambda old: old[:-1], "one entry of pts_s per frame"),

@@ -1,0 +1,173 @@
+"""The two encoders of a worker: which of them is in memory, and how much each takes at once.
+
+One at a time is loaded, unless `executor.together`. When memory runs out, something gives way and is not
+taken back by this worker: first the other encoder, if it is idle in memory, then half of the batch, for the
+shape that ran out and all larger ones. Whether frames are cut into tiles is never changed here: that changes
+numbers, and is settled before the first unit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.decoders import clock
+from pipeline.starved import EncoderStarved, free_memory, is_starved
+from pipeline.text_encode import TextEncoder, load_text_encoder
+from pipeline.video_encode import VideoEncoder, load_video_encoder
+from schemas.config import PreprocessConfig
+from schemas.sample import Family
+
+Shape = tuple[int, int, int]
+"""F, H, W of one clip."""
+Incident = tuple[str, str]
+"""Kind, and a sentence."""
+
+
+@dataclass(frozen=True)
+class Lack:
+    """What memory ran out over."""
+
+    family: Family
+    why: str
+    count: int = 0
+    """Clips or captions that were encoded at once; 0 while the encoder was loaded."""
+    shape: Shape | None = None
+    """Of the clips."""
+    tiled: bool = False
+
+    @property
+    def over(self) -> str:
+        if not self.count:
+            return f"loading the {_NAMES[self.family]} encoder"
+        if self.shape is None:
+            return f"encoding {self.count} caption{'s' if self.count > 1 else ''} at once"
+        size = "x".join(map(str, self.shape))
+        how = " in tiles" if self.tiled else ""
+        return f"encoding {self.count} clip{'s' if self.count > 1 else ''} of {size} at once{how}"
+
+
+class Starved(Exception):
+    """Memory ran out in an encoder; its traceback may hold what it ran out over."""
+
+    def __init__(self, lack: Lack) -> None:
+        super().__init__(lack.over)
+        self.lack = lack
+
+
+@contextlib.contextmanager
+def starving(
+    family: Family, *, count: int = 0, shape: Shape | None = None, tiled: bool = False
+) -> Iterator[None]:
+    """Turn an error of what is done inside into Starved, where it means that memory ran out."""
+    try:
+        yield
+    except Exception as error:
+        if not is_starved(error):
+            raise
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise Starved(Lack(family, why, count, shape, tiled)) from error
+
+
+class Encoders:
+    """Loads and drops the encoders of one worker, and remembers what fits."""
+
+    def __init__(self, config: PreprocessConfig) -> None:
+        self._config = config
+        self._together = config.executor.together
+        self._video: VideoEncoder | None = None
+        self._text: TextEncoder | None = None
+        self._most_clips: dict[Shape, int] = {}
+        """Clips at once for this shape and larger ones, where memory ran out over more."""
+        self._most_captions: int | None = None
+
+    def video(self, seconds: dict[str, float]) -> VideoEncoder:
+        """The video encoder, loaded; Starved where it does not fit."""
+        if self._video is None:
+            with clock(seconds, "load"):
+                self._make_room_for("latents")
+                video = load_video_encoder(self._config.video_encoder)
+                with starving("latents"):
+                    video.load()
+            self._video = video
+        return self._video
+
+    def text(self, seconds: dict[str, float]) -> TextEncoder:
+        """The text encoder, loaded; Starved where it does not fit."""
+        if self._text is None:
+            with clock(seconds, "load"):
+                self._make_room_for("prompts")
+                text = load_text_encoder(self._config.text_encoder)
+                with starving("prompts"):
+                    text.load()
+            self._text = text
+        return self._text
+
+    def clips_at_once(self, shape: Shape) -> int:
+        """Of the video encoder, which is loaded."""
+        assert self._video is not None
+        known = [most for small, most in self._most_clips.items() if is_within(small, shape)]
+        return min([self._video.batch_size(shape), *known])
+
+    def captions_at_once(self) -> int:
+        """Of the text encoder, which is loaded."""
+        assert self._text is not None
+        return self._most_captions or self._text.batch_size()
+
+    def give_way(self, lack: Lack) -> Incident:
+        """Use less memory from now on, and what that is; EncoderStarved where there is nothing less.
+
+        Call it when nothing holds the error any more, so that what it ran out over is gone.
+        """
+        over = _told(lack)
+        idle: Family = "prompts" if lack.family == "latents" else "latents"
+        if (self._text if idle == "prompts" else self._video) is not None:
+            self._together = False
+            self._make_room_for(lack.family)
+            return "encoder_dropped", f"{over}; the {_NAMES[idle]} encoder, idle, is no longer kept in memory"
+        free_memory()
+        if lack.count < 2:
+            raise EncoderStarved(self.verdict(lack))
+        now = self.captions_at_once() if lack.shape is None else self.clips_at_once(lack.shape)
+        while now >= lack.count:  # a last batch can be smaller than what is taken at once
+            now //= 2
+        if lack.shape is None:
+            self._most_captions = now
+        else:
+            self._most_clips[lack.shape] = now
+        return "batch_halved", f"{over}; from now on {now} at once"
+
+    def verdict(self, lack: Lack) -> str:
+        """What to say where nothing is left to give: what it was over, and what to do."""
+        config = self._config.video_encoder if lack.family == "latents" else self._config.text_encoder
+        ways = ["more free memory (other programs and executor.workers share it)"]
+        if lack.shape is not None:
+            ways.append("a smaller bucket in a new dataset")
+            if not lack.tiled and self._video is not None and self._video.tiling_fields():
+                ways.insert(1, "video_encoder.tiling = 'on' in a new dataset")
+        if config.compute_dtype == "float32":
+            ways.append(f"{_NAMES[lack.family]}_encoder.compute_dtype = 'bfloat16' in a new dataset")
+        return f"{_told(lack)}. What helps: {', or '.join(ways)}"
+
+    def _make_room_for(self, family: Family) -> None:
+        if self._together:
+            return
+        if family == "latents" and self._text is not None:
+            self._text = None
+            free_memory()
+        elif family == "prompts" and self._video is not None:
+            self._video = None
+            free_memory()
+
+
+_NAMES: dict[Family, str] = {"latents": "video", "prompts": "text"}
+
+
+def _told(lack: Lack) -> str:
+    return f"{lack.over} ran out of memory ({lack.why})"
+
+
+def is_within(small: Shape, large: Shape) -> bool:
+    """Whether a clip of `large` needs at least the memory of one of `small`."""
+    return small[0] <= large[0] and small[1] * small[2] <= large[1] * large[2]

@@ -1,0 +1,114 @@
+"""Ray started on this machine, or this process joined to a cluster; it leads to `pipeline.ray_cluster`.
+
+Ray would try for minutes where nothing answers, take SIGTERM for itself, and refuse a cluster that asks for
+no token where a token lies about: all of that is seen to before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from schemas.config import PreprocessConfig
+from schemas.errors import ConfigError, MissingExtraError, RunError
+
+_OBJECT_STORE_BYTES = 128 * 2**20
+_CONNECT_S = 5.0
+_PROBE_S = 10.0
+_TOKEN = Path.home() / ".ray" / "auth_token"
+"""What `ray start` makes where its cluster asks for a token."""
+
+
+def connect(config: PreprocessConfig, *, cpus: int) -> Any:
+    """Ray, with this process joined to a cluster."""
+    settings = config.executor
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return sys.modules["ray"]
+    _require_answer(settings.address)
+    if settings.address and _TOKEN.exists() and "RAY_AUTH_MODE" not in os.environ:
+        # Ray reads the mode when it is imported, so the cluster is asked first.
+        os.environ["RAY_AUTH_MODE"] = "token" if _asks_for_token(settings.address) else "disabled"
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtraError("ray", "pipeline") from None
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with _own_sigterm():
+        if settings.address:
+            _join(ray, settings.address)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=max(cpus, os.cpu_count() or 1),
+                # Frames pass through it only from decode actors; Ray then takes its usual share of memory.
+                object_store_memory=None if settings.decode_actors else _OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    return ray
+
+
+def _join(ray: Any, address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"the Ray cluster at executor.address = {address!r} cannot be joined: {error}. Its Ray must "
+            "be of this version; where it asks for a token, copy its ~/.ray/auth_token to this machine"
+        ) from error
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what SIGTERM does here: `ray.init` sets a handler of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def answers(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _require_answer(address: str) -> None:
+    """ConfigError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():  # such as "auto"
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"executor.address = {address!r}: nothing answers there ({error}); "
+            "start a cluster with `ray start --head --port=PORT`"
+        ) from error
+
+
+def _asks_for_token(address: str) -> bool:
+    """Whether the Ray cluster at `address` refuses who brings no token; tried in a process of its own."""
+    join = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        command = [sys.executable, "-c", join, address]
+        run = subprocess.run(command, env=environment, capture_output=True, timeout=_PROBE_S, check=False)
+        return run.returncode != 0
+    return True
