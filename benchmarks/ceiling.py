@@ -1,7 +1,7 @@
 """How near preprocessing comes to its encoder: real clips, real decoding and commits, and an encoder that
 takes a fixed time a clip without using a core, as one on a GPU does.
 
-    python -m benchmarks.ceiling CLIPS [--seconds 0.4] [--seconds 0.02]
+    python -m benchmarks.ceiling CLIPS [--seconds 0.4] [--seconds 0.02] [--batch 8] [--blocks 1.0]
 
 Prints, for every time and route, the share of the encoder's ceiling: the time of the kept clips in the
 encoder over that of the latents pass, without the start of processes and the loading of encoders. Routes
@@ -41,16 +41,25 @@ _ROUTES: dict[str, dict[str, Any]] = {
 
 
 class StandIn(DctEncoder):
-    """Takes `seconds` a clip, one after the other, beside the host; its moments are zeros."""
+    """Takes `seconds` a clip, one after the other, beside the host; its moments are zeros.
 
-    def __init__(self, config: VideoEncoderConfig, *, seconds: float) -> None:
+    `batch` clips at once. For a share `blocks` of that time its caller waits in `begin`: all of it is what an
+    encoder on a CPU does, and one on a GPU as soon as its queue of launches is full.
+    """
+
+    def __init__(self, config: VideoEncoderConfig, *, seconds: float, batch: int, blocks: float) -> None:
         super().__init__(config)
-        self._seconds, self._free = seconds, 0.0
+        self._seconds, self._batch, self._blocks, self._free = seconds, batch, blocks, 0.0
+
+    def batch_size(self, shape: tuple[int, int, int]) -> int:
+        return self._batch
 
     def begin(self, frames: np.ndarray, *, tiled: bool = False) -> Callable[[], Moments]:
         import torch
 
-        self._free = max(self._free, time.perf_counter()) + len(frames) * self._seconds
+        start = max(self._free, time.perf_counter())
+        self._free = start + len(frames) * self._seconds
+        time.sleep(max(0.0, start + self._blocks * (self._free - start) - time.perf_counter()))
         end, (clips, num_frames, height, width, _) = self._free, frames.shape
         latents = torch.zeros(clips, self.geometry.latent_frames(num_frames), 16, height // 8, width // 8)
 
@@ -61,12 +70,12 @@ class StandIn(DctEncoder):
         return wait
 
 
-def stand_in_worker(seconds: float) -> type[UnitWorker]:
+def stand_in_worker(**settings: Any) -> type[UnitWorker]:
     """A worker whose video encoder is the stand-in, wherever the class is sent."""
 
     class StandInWorker(UnitWorker):
         def __init__(self, *arguments: Any, **options: Any) -> None:
-            setattr(encoders, "load_video_encoder", lambda config: StandIn(config, seconds=seconds))  # noqa: B010
+            setattr(encoders, "load_video_encoder", lambda config, **_: StandIn(config, **settings))  # noqa: B010
             super().__init__(*arguments, **options)
 
     return StandInWorker
@@ -82,11 +91,12 @@ def write_manifest(clips: list[Path], path: Path, *, rows: int) -> None:
 
 
 def share_of_ceiling(
-    manifest: Path, route: dict[str, Any], *, seconds: float, rows: int
+    manifest: Path, route: dict[str, Any], *, seconds: float, rows: int, batch: int, blocks: float
 ) -> tuple[float, Any]:
     """(share, summary of the latents pass) of one run into a new folder."""
     for module in (executor, ray_crew):
-        setattr(module, "UnitWorker", stand_in_worker(seconds))  # noqa: B010
+        worker = stand_in_worker(seconds=seconds, batch=batch, blocks=blocks)
+        setattr(module, "UnitWorker", worker)  # noqa: B010
     with tempfile.TemporaryDirectory(prefix="latentpress-bench-") as folder:
         config = {
             "manifest": str(manifest),
@@ -108,6 +118,8 @@ def main() -> None:
     )
     parser.add_argument("clips", type=Path, nargs="+", help="video files, or folders of them")
     parser.add_argument("--seconds", type=float, action="append", help="per clip in the encoder (0.4, 0.02)")
+    parser.add_argument("--batch", type=int, default=1, help="clips in the encoder at once")
+    parser.add_argument("--blocks", type=float, default=0.0, help="share of that time its caller waits")
     parser.add_argument("--rows", type=int, default=64, help="clips that are encoded")
     parser.add_argument("--unit-rows", type=int, default=8, help="clips in a shard")
     parser.add_argument("--reps", type=int, default=5)
@@ -121,7 +133,14 @@ def main() -> None:
         for _ in range(options.reps):
             for seconds in times:
                 for name, route in _ROUTES.items():
-                    share, run = share_of_ceiling(manifest, route, seconds=seconds, rows=options.unit_rows)
+                    share, run = share_of_ceiling(
+                        manifest,
+                        route,
+                        seconds=seconds,
+                        rows=options.unit_rows,
+                        batch=options.batch,
+                        blocks=options.blocks,
+                    )
                     results.setdefault((seconds, name), []).append(share)
                     last[seconds, name] = run
     numbers = [
@@ -141,7 +160,8 @@ def main() -> None:
             f"{each['seconds_per_clip']:6.3g} s a clip  {each['route']:26} {each['of_ceiling']:.3f} of the "
             f"ceiling ({low:.3f} to {high:.3f}); bottleneck: {each['bottleneck']}"
         )
-    shape = {"clips": options.rows, "unit_rows": options.unit_rows, "reps": options.reps, **_SHAPE}
+    names = ("unit_rows", "reps", "batch", "blocks")
+    shape = {"clips": options.rows, **{name: getattr(options, name) for name in names}, **_SHAPE}
     append_result("ceiling", {**shape, "routes": numbers})
 
 

@@ -8,10 +8,10 @@ and the first batch, which compiles and picks kernels, are outside the clock and
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import multiprocessing
-import resource
-import shutil
+import re
 import statistics
 import tempfile
 import time
@@ -19,17 +19,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.graph import preprocess
+from pipeline.graph import manifest_rows, preprocess
 from pipeline.starved import is_starved
 from pipeline.text_encode import load_text_encoder
 from pipeline.video_encode import load_video_encoder
 from schemas.bucket import bucket_name
 from schemas.config import BucketConfig, Dtype, PreprocessConfig, TextEncoderConfig, VideoEncoderConfig
 
+Made = TypeVar("Made")
 _CAPTION = "A slow pan over a harbour at dawn: fishing boats, gulls and a man mending nets on the quay. "
 
 
@@ -57,7 +58,8 @@ class Measured:
     """Per batch."""
     batch: int
     peak_bytes: int
-    """Of the GPU where there is one, else of the process above what it was with the weights loaded."""
+    """While encoding, with the weights: of the GPU where there is one, else of the process above what it was
+    before they were loaded."""
     load_s: float
     first_s: float
     """The first batch."""
@@ -89,6 +91,8 @@ def measure_video(
     """Medians over `reps` rounds of `batches` batches each, one entry a variant, in order."""
     runs: dict[Variant, list[Measured | str]] = {variant: [] for variant in chosen}
     for number, variant in itertools.product(range(reps), chosen):
+        if runs[variant] and isinstance(runs[variant][-1], str):
+            continue  # it will not fit the next time either
         tell(f"round {number + 1} of {reps}: {bucket_name(variant.bucket)} {variant.name}")
         settings = config.model_copy(
             update={
@@ -97,7 +101,7 @@ def measure_video(
                 "compile": variant.compile,
             }
         )
-        runs[variant].append(_alone(_encode_video, settings, variant.bucket, variant.tiled, batches))
+        runs[variant].append(alone(_encode_video, settings, variant.bucket, variant.tiled, batches))
     return [_video_numbers(variant, found) for variant, found in runs.items()]
 
 
@@ -113,7 +117,7 @@ def measure_text(
     for dtype, batch in itertools.product(dtypes, batch_sizes):
         tell(f"text encoder: {dtype}, batches of {batch}")
         settings = config.model_copy(update={"compute_dtype": dtype, "batch_size": batch})
-        found = _alone(_encode_text, settings, batch)
+        found = alone(_encode_text, settings, batch)
         numbers: dict[str, Any] = {"dtype": dtype, "batch": batch}
         if isinstance(found, str):
             numbers["failed"] = found
@@ -131,27 +135,26 @@ def measure_text(
 
 
 def end_to_end(
-    config: PreprocessConfig, *, batches: int, reps: int, tell: Callable[[str], None]
+    config: PreprocessConfig, *, rows: int, batches: int, reps: int, tell: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The real command on an empty dataset beside the same encoder fed from memory, in turn, `reps` times.
+    """The real command on `rows` rows spread over the manifest, into a new dataset, beside the same encoder
+    fed from memory, in turn, `reps` times.
 
     `of_ceiling` is the time that the kept clips would take from memory, over that of the latents pass without
-    the loading of weights.
+    the start of workers and the loading of weights.
     """
     settings, shares, passes = config.video_encoder, [], []
     for number in range(reps):
         tell(f"end to end, run {number + 1} of {reps}")
         seconds = {}
         for bucket in config.buckets:
-            found = _alone(_encode_video, settings, bucket, settings.tiling == "on", batches)
+            found = alone(_encode_video, settings, bucket, settings.tiling == "on", batches)
             if isinstance(found, str):
                 return {"failed": f"{bucket_name(bucket)} from memory: {found}"}
             seconds[bucket_name(bucket)] = found.seconds / found.batch
-        folder = Path(tempfile.mkdtemp(prefix="latentpress-bench-"))
-        try:
-            summary, _ = preprocess(config.model_copy(update={"output": str(folder / "latents")}))
-        finally:
-            shutil.rmtree(folder)
+        summary = alone(_preprocess, config, rows)
+        if isinstance(summary, str):
+            return {"failed": summary}
         run, workers = summary["last_run"]["latents"], summary["last_run"]["executor"]["workers"]
         ceiling = sum(seconds[name] * count for name, count in summary["buckets"].items()) / workers
         working_s = run["wall_s"] - run["start_s"] - run["stage_seconds"]["load"] / workers
@@ -166,8 +169,22 @@ def end_to_end(
     }
 
 
-def _alone(function: Callable[..., Measured], *arguments: Any) -> Measured | str:
-    """The result of `function` in a fresh process, or why there is none."""
+def _preprocess(config: PreprocessConfig, rows: int) -> dict[str, Any]:
+    """The summary of a run over some rows of the manifest."""
+    found = manifest_rows(config)
+    step = max(1, len(found) // rows)
+    with tempfile.TemporaryDirectory(prefix="latentpress-bench-") as folder:
+        manifest = Path(folder) / "manifest.jsonl"
+        with manifest.open("w", encoding="utf-8") as file:
+            for row in found[step // 2 :: step][:rows]:
+                window = {"start_s": row.start_s, "end_s": row.end_s}
+                file.write(json.dumps({"video": row.path, "caption": row.caption, **window}) + "\n")
+        small = config.model_copy(update={"manifest": str(manifest), "output": f"{folder}/latents"})
+        return preprocess(small)[0]
+
+
+def alone(function: Callable[..., Made], *arguments: Any) -> Made | str:
+    """The result of `function` in a fresh process, whose memory ends with it; or why there is none."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
@@ -179,7 +196,7 @@ def _alone(function: Callable[..., Measured], *arguments: Any) -> Measured | str
 
 
 def _encode_video(config: VideoEncoderConfig, bucket: BucketConfig, tiled: bool, batches: int) -> Measured:
-    encoder = load_video_encoder(config)
+    encoder, memory = load_video_encoder(config), _Memory()
     started = time.perf_counter()
     encoder.load()
     load_s = time.perf_counter() - started
@@ -201,19 +218,19 @@ def _encode_video(config: VideoEncoderConfig, bucket: BucketConfig, tiled: bool,
             waiting()
         return time.perf_counter() - began
 
-    memory = _Memory()
+    memory.watch()
     first_s = run(1)
     seconds = run(batches) / batches
     return Measured(seconds, batch, memory.peak(), load_s, first_s, memory.device)
 
 
 def _encode_text(config: TextEncoderConfig, batch: int) -> Measured:
-    encoder = load_text_encoder(config)
+    encoder, memory = load_text_encoder(config), _Memory()
     started = time.perf_counter()
     encoder.load()
     load_s = time.perf_counter() - started
     captions = [f"{number} {_CAPTION}" for number in range(batch)]
-    memory = _Memory()
+    memory.watch()
     first_s = -time.perf_counter()
     encoder.encode(captions)
     first_s += time.perf_counter()
@@ -226,26 +243,35 @@ def _encode_text(config: TextEncoderConfig, batch: int) -> Measured:
 
 
 class _Memory:
-    """Peak memory since it was made, of the GPU or of the process."""
+    """Peak memory above what it was when this was made, of the GPU or of the process."""
 
     def __init__(self) -> None:
         import torch
 
         self._cuda = torch.cuda.is_available()
         self.device = torch.cuda.get_device_name() if self._cuda else "CPU"
+        self._before = 0 if self._cuda else _status("VmRSS")
+
+    def watch(self) -> None:
+        """Forget the peak so far."""
+        import torch
+
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
-        self._before = _resident()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM is VmRSS again
 
     def peak(self) -> int:
         import torch
 
-        return torch.cuda.max_memory_reserved() if self._cuda else max(0, _resident() - self._before)
+        return torch.cuda.max_memory_reserved() if self._cuda else max(0, _status("VmHWM") - self._before)
 
 
-def _resident() -> int:
-    """Largest resident size of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _status(name: str) -> int:
+    """A size in /proc/self/status, bytes; 0 where there is none."""
+    path = Path("/proc/self/status")
+    found = re.search(rf"{name}:\s+(\d+) kB", path.read_text()) if path.exists() else None
+    return int(found[1]) * 1024 if found else 0
 
 
 def _video_numbers(variant: Variant, found: Sequence[Measured | str]) -> dict[str, Any]:

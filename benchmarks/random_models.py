@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError
+from schemas.text_family import FAMILIES, FamilyName
 
 _XXL: dict[str, Any] = {
     "d_model": 4096,
@@ -28,6 +29,8 @@ _XXL: dict[str, Any] = {
 class _Shape:
     vae: str
     """Class in diffusers."""
+    family: FamilyName | None
+    """Of the text encoder; None where it is no T5."""
     text: str = "T5EncoderModel"
     vocab_size: int = 32128
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -35,10 +38,11 @@ class _Shape:
 
 
 SHAPES = {
-    "cogvideox": _Shape("AutoencoderKLCogVideoX"),
-    "wan2.1": _Shape("AutoencoderKLWan", "UMT5EncoderModel", 256384),
+    "cogvideox": _Shape("AutoencoderKLCogVideoX", "cogvideox"),
+    "wan2.1": _Shape("AutoencoderKLWan", "wan", "UMT5EncoderModel", 256384),
     "wan2.2": _Shape(
         "AutoencoderKLWan",
+        "wan",
         "UMT5EncoderModel",
         256384,
         {
@@ -54,34 +58,40 @@ SHAPES = {
             "latents_std": [1.0] * 48,
         },
     ),
-    "hunyuanvideo": _Shape("AutoencoderKLHunyuanVideo"),
-    "ltx": _Shape("AutoencoderKLLTXVideo"),
-    "mochi": _Shape("AutoencoderKLMochi"),
+    "hunyuanvideo": _Shape("AutoencoderKLHunyuanVideo", None),
+    "ltx": _Shape("AutoencoderKLLTXVideo", "ltx"),
+    "mochi": _Shape("AutoencoderKLMochi", "mochi"),
 }
 
 
-def write(name: str, folder: Path, *, text: bool = True) -> Path:
-    """Save the VAE, and with `text` the text encoder, of a family to `folder`; ConfigError for others."""
+def overrides(name: str, folder: Path) -> list[str]:
+    """Config overrides that name the models of a family in `folder`; ConfigError for others."""
+    if name not in SHAPES:
+        raise ConfigError(f"no random model {name!r}: expected one of {', '.join(SHAPES)}")
+    video = ["video_encoder.kind=diffusers", f"video_encoder.model={folder}"]
+    family = SHAPES[name].family
+    if family is None:
+        return [*video, "text_encoder.kind=tiny-t5"]
+    text = {"kind": "t5", "model": folder, "family": family, "max_length": FAMILIES[family].max_length}
+    return [*video, *(f"text_encoder.{key}={value}" for key, value in text.items())]
+
+
+def write(name: str, folder: Path, text: bool) -> None:
+    """Save the VAE, and with `text` the text encoder, of a family to `folder`."""
     import diffusers
     import torch
     import transformers
     from transformers import ByT5Tokenizer
 
-    if name not in SHAPES:
-        raise ConfigError(f"no random model {name!r}: expected one of {', '.join(SHAPES)}")
     shape = SHAPES[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        getattr(diffusers, shape.vae)(**shape.arguments).save_pretrained(folder / "vae")
-        if text:
-            model = getattr(transformers, shape.text)
-            config = model.config_class(vocab_size=shape.vocab_size, **_XXL)
-            with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-                before = torch.get_default_dtype()
-                torch.set_default_dtype(torch.bfloat16)  # 19 GB otherwise
-                try:
-                    model(config).save_pretrained(folder / "text_encoder")
-                finally:
-                    torch.set_default_dtype(before)
-            ByT5Tokenizer().save_pretrained(str(folder / "tokenizer"))
-    return folder
+    torch.manual_seed(0)
+    getattr(diffusers, shape.vae)(**shape.arguments).save_pretrained(folder / "vae")
+    if not text or shape.family is None:
+        return
+    model = getattr(transformers, shape.text)
+    torch.set_default_dtype(torch.bfloat16)  # 19 GB otherwise
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model(model.config_class(vocab_size=shape.vocab_size, **_XXL)).save_pretrained(
+            folder / "text_encoder"
+        )
+    ByT5Tokenizer().save_pretrained(str(folder / "tokenizer"))

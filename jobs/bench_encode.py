@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks import random_models
-from benchmarks.encode import end_to_end, measure_text, measure_video, variants
+from benchmarks.encode import alone, end_to_end, measure_text, measure_video, variants
 from benchmarks.record import RESULTS, append_result
 from jobs.console import console, size, table
-from pipeline.graph import checked_encoder
+from pipeline.graph import checked_encoder, manifest_rows
 from pipeline.progress import say
 from schemas.config import Dtype, PreprocessConfig
-from schemas.errors import EXIT_DONE, ConfigError
+from schemas.errors import EXIT_DONE, ConfigError, RunError
 from schemas.load import load_config
 
 _TEXT_BATCHES = (1, 8, 32)
@@ -33,6 +33,7 @@ def encode(
     tiling: bool,
     compile: bool,
     with_run: bool,
+    rows: int,
     batches: int,
     reps: int,
     json_path: Path | None,
@@ -47,6 +48,8 @@ def encode(
         config = load_config(config_path, PreprocessConfig, overrides=[*overrides, *replaced])
         chosen = _dtypes(dtypes) or (config.video_encoder.compute_dtype,)
         checked_encoder(config)
+        if with_run:
+            manifest_rows(config)  # what is wrong with it is said before minutes of measuring
         report: dict[str, Any] = {
             "model": random or config.video_encoder.model or config.video_encoder.kind,
             "random_weights": bool(random),
@@ -59,12 +62,12 @@ def encode(
                 tell=say,
             ),
         }
-        if text:
+        if text and config.text_encoder.kind != "tiny-t5":
             report["text"] = measure_text(
                 config.text_encoder, dtypes=chosen, batch_sizes=_TEXT_BATCHES, tell=say
             )
         if with_run:
-            report["end_to_end"] = end_to_end(config, batches=batches, reps=reps, tell=say)
+            report["end_to_end"] = end_to_end(config, rows=rows, batches=batches, reps=reps, tell=say)
     _print(report)
     if json_path is not None:
         json_path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -83,12 +86,11 @@ def _models(random: str, *, text: bool) -> Iterator[list[str]]:
         yield []
         return
     with tempfile.TemporaryDirectory(prefix="latentpress-bench-") as folder:
+        replaced = random_models.overrides(random, Path(folder))
         say(f"writing random weights of {random}")
-        random_models.write(random, Path(folder), text=text)
-        replaced = ["video_encoder.kind=diffusers", f"video_encoder.model={folder}"]
-        if text:
-            replaced += ["text_encoder.kind=t5", f"text_encoder.model={folder}"]
-        yield replaced
+        if isinstance(failed := alone(random_models.write, random, Path(folder), text), str):
+            raise RunError(f"the random weights could not be written: {failed}")
+        yield replaced if text else [*replaced, "text_encoder.kind=tiny-t5"]
 
 
 def _dtypes(names: str) -> tuple[Dtype, ...]:
@@ -100,7 +102,8 @@ def _dtypes(names: str) -> tuple[Dtype, ...]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    weights = "random weights of its shapes" if report["random_weights"] else "its weights"
+    weights = "the embedded codec" if report["model"] == "dct" else "its weights"
+    weights = "random weights of its shapes" if report["random_weights"] else weights
     devices = sorted({each["device"] for each in report["video"] if "device" in each})
     console.print(f"{report['model']}, {weights}; {', '.join(devices)}; medians of {report['reps']} runs")
     rows = table(

@@ -17,11 +17,8 @@ import typer
 from schemas.errors import EXIT_FAILED, ConfigError, LatentpressError, MissingExtraError
 from schemas.store import location
 
-EXTRAS = {
-    **dict.fromkeys(("av", "matplotlib", "PIL", "ray", "transformers"), "pipeline"),
-    **dict.fromkeys(("diffusers", "safetensors", "torch"), "train"),
-}
-"""Optional package -> the extra that brings it."""
+OPTIONAL = ("av", "diffusers", "matplotlib", "PIL", "ray", "safetensors", "torch", "transformers")
+"""Packages that the extras `pipeline` and `train` bring, as far as each needs them."""
 
 app = typer.Typer(
     name="latentpress",
@@ -50,6 +47,13 @@ Adopt = Annotated[
     typer.Option(
         "--adopt",
         help="Go on with settings other than the dataset's, where that can be; leaves a record of it.",
+    ),
+]
+Vae = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where the dataset's video encoder is now, if it moved: folder or hub id, the same weights.",
     ),
 ]
 DatasetArgument = Annotated[
@@ -261,6 +265,7 @@ def verify(
         float | None,
         typer.Option("--min-psnr", metavar="DB", help="Lowest mean PSNR of such a sample; 10 if not given."),
     ] = None,
+    vae: Vae = None,
     json_: Json = False,
 ) -> None:
     """Check every byte of a dataset.
@@ -270,7 +275,7 @@ def verify(
     """
     raise typer.Exit(
         _job("verify").verify(
-            dataset, config=config, overrides=set_, samples=samples, min_psnr=min_psnr, as_json=json_
+            dataset, config=config, overrides=set_, samples=samples, min_psnr=min_psnr, as_json=json_, vae=vae
         )
     )
 
@@ -290,6 +295,13 @@ def inspect(
             help="Measure instead how far windows of a long clip's latents lie from encoding them alone.",
         ),
     ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "-c", "--config", help="Read the source under this preprocess config's limits and sources."
+        ),
+    ] = None,
+    vae: Vae = None,
     json_: Json = False,
 ) -> None:
     """Draw a sample: source over decoded latents.
@@ -299,8 +311,10 @@ def inspect(
     if drift and output is not None:
         raise ConfigError("--drift draws nothing; leave -o out")
     if drift:
-        raise typer.Exit(_job("drift").run(dataset, sample=sample, as_json=json_))
-    raise typer.Exit(_job("inspect").run(dataset, sample=sample, output=output, as_json=json_))
+        raise typer.Exit(_job("drift").run(dataset, sample=sample, as_json=json_, config=config, vae=vae))
+    raise typer.Exit(
+        _job("inspect").run(dataset, sample=sample, output=output, as_json=json_, config=config, vae=vae)
+    )
 
 
 @app.command()
@@ -440,6 +454,7 @@ def bench_encode(
     end_to_end: Annotated[
         bool, typer.Option(help="Run preprocess on the config's manifest beside the encoder alone.")
     ] = True,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the manifest in that run.")] = 64,
     batches: Annotated[int, typer.Option(min=1, help="Batches in one timed run.")] = 3,
     reps: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are reported.")] = 5,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
@@ -460,6 +475,7 @@ def bench_encode(
             tiling=tiling,
             compile=compile_,
             with_run=end_to_end,
+            rows=rows,
             batches=batches,
             reps=reps,
             json_path=json_path,
@@ -474,14 +490,8 @@ def _one_thread_per_process() -> None:
 
 
 def _job(name: str) -> Any:
-    """The module behind a subcommand; one sentence where an optional package is missing."""
-    try:
-        return importlib.import_module(f"jobs.{name}")
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in EXTRAS:
-            raise MissingExtraError(package, EXTRAS[package]) from None
-        raise
+    """The module behind a subcommand."""
+    return importlib.import_module(f"jobs.{name}")
 
 
 _TYPER_INTERRUPTED = 130
@@ -492,6 +502,14 @@ def main() -> None:
     """Entry point: expected errors become one message and their exit code, without a traceback."""
     try:
         app()
+    except ModuleNotFoundError as error:  # heavy packages are imported where they are needed
+        package = (error.name or "").partition(".")[0]
+        if package not in OPTIONAL:
+            raise
+        extra = "train" if sys.argv[1] in ("train", "export-model") else "pipeline"
+        missing = MissingExtraError(package, extra)
+        print(f"latentpress: {missing}", file=sys.stderr)
+        sys.exit(missing.exit_code)
     except LatentpressError as error:
         print(f"latentpress: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,8 +1,8 @@
 """`latentpress inspect --drift`: what windows cut out of one clip's latents are worth for training.
 
 In: a dataset folder and (optionally) a sample. Out: for every window of the curriculum that is shorter than
-the clip its numbers, and a sentence for each of the trainer's kinds of window. The source is decoded and
-encoded again, so this also works where latents are stored rounded or as a draw.
+the clip, as the trainer would read it, its numbers, and a sentence for each kind of window. The source is
+decoded and encoded again, so this also works where latents are stored rounded or as a draw.
 """
 
 from __future__ import annotations
@@ -11,41 +11,52 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jobs.console import console, print_json, table
-from jobs.inspect import choose_sample
+from jobs.inspect import choose_sample, rules_of
 from pipeline.fidelity import Redecoder, card_encoder
 from pipeline.windows import PLACES, SECONDS, Drift, drifts
-from schemas.card import read_card
-from schemas.config import LimitsConfig, SourcesConfig
+from schemas.card import Card, read_card
 from schemas.errors import EXIT_DONE, DatasetError
+from schemas.windows import prefix_frames
 
 _NO_MATTER = 1e-3
 """A difference far below the noise that training adds."""
 
 
-def run(dataset: str | Path, *, sample: str | None, as_json: bool) -> int:
-    """The subcommand's other face: measure, then say it."""
-    result = measure(dataset, sample=sample)
+def run(
+    dataset: str | Path,
+    *,
+    sample: str | None,
+    as_json: bool,
+    config: Path | None = None,
+    vae: str | None = None,
+) -> int:
+    """The subcommand's other face: measure, then say it. `config` and `vae` as of `jobs.inspect.run`."""
+    result = measure(dataset, sample=sample, config=config, vae=vae)
     print_json(result) if as_json else _print(result)
     return EXIT_DONE
 
 
-def measure(dataset: str | Path, *, sample: str | None = None) -> dict[str, Any]:
+def measure(
+    dataset: str | Path, *, sample: str | None = None, config: Path | None = None, vae: str | None = None
+) -> dict[str, Any]:
     """The drift of one sample (`jobs.inspect.choose_sample`), JSON-able; DatasetError where its source cannot
     be read any more, or is shorter than every window."""
-    card = read_card(dataset)
+    card, (limits, sources) = read_card(dataset), rules_of(config)
     row = choose_sample(dataset, sample)
-    encoder = card_encoder(dataset, card)
-    with Redecoder(card, limits=LimitsConfig(), sources=SourcesConfig()) as redecoder:
+    encoder = card_encoder(dataset, card, vae=vae)
+    with Redecoder(card, limits=limits, sources=sources) as redecoder:
         frames = redecoder.frames(row)
         if isinstance(frames, str):
             raise DatasetError(f"{row['source']}: {frames}; drift is measured on its frames")
-        found = list(drifts(encoder, frames, fps=row["effective_fps"], tiled=card.is_tiled(row["bucket"])))
-    seconds = row["num_frames"] / row["effective_fps"]
+        windows = {seconds: window_frames(row, card, seconds) for seconds in SECONDS}
+        found = list(drifts(encoder, frames, windows=windows, tiled=card.is_tiled(row["bucket"])))
     if not found:
         raise DatasetError(
-            f"sample {row['sample_id']} ({row['source']}) is {seconds:.1f} s long, no longer than the "
-            f"shortest window of {SECONDS[0]:g} s; name another sample"
+            f"sample {row['sample_id']} ({row['source']}) has {row['num_frames']} frames, and its window of "
+            f"{SECONDS[0]:g} s holds all of them; name a longer one"
         )
     return {
         "sample_id": row["sample_id"],
@@ -59,12 +70,26 @@ def measure(dataset: str | Path, *, sample: str | None = None) -> dict[str, Any]
     }
 
 
+def window_frames(row: dict[str, Any], card: Card, seconds: float) -> int:
+    """Pixel frames that the trainer reads of a sample, by its index row, with `max_s` = `seconds`."""
+    return int(
+        prefix_frames(
+            np.array(row["pts_s"]),
+            np.array([0, row["num_frames"]]),
+            fps=np.array([row["effective_fps"]]),
+            max_s=seconds,
+            frames=card.settings.frames,
+            geometry=card.geometry,
+        )[0]
+    )
+
+
 def meaning(found: list[Drift], *, segment_frames: int) -> dict[str, str]:
     """A sentence for each kind of window: what training on it would see. `segment_frames` as in Geometry."""
     inexact = [each for each in found if each.prefix]
     worst = max(each.prefix for each in found)
     if not inexact:
-        prefix = "exact: the start of a clip has the numbers that encoding it alone gives, at every length"
+        prefix = "exact: at these lengths the start of the clip has the numbers that encoding it alone gives"
     else:
         lengths = ", ".join(f"{each.seconds:g} s" for each in inexact)
         prefix = f"not exact at {lengths}: up to {worst:.2g} from encoding the start alone"
@@ -116,8 +141,6 @@ def _print(result: dict[str, Any]) -> None:
             *shown,
         )
     console.print(rows)
-    console.print(
-        "differences of scaled latents, 1 is about as far as two unrelated clips; as training sees it:"
-    )
+    console.print("1 is one standard deviation of the clip's latents; as training sees it:")
     for kind, sentence in result["meaning"].items():
         console.print(f'window = "{kind}": {sentence}')

@@ -14,22 +14,32 @@ import numpy as np
 
 from jobs.console import print_json
 from jobs.sheet import Sheet, draw_sheet
-from pipeline.fidelity import Redecoder, card_encoder, frame_psnr
+from pipeline.fidelity import Redecoder, card_encoder, decode, frame_psnr
 from schemas.adoption import adoption_notes
 from schemas.card import Card, read_card
 from schemas.codec import as_float32
-from schemas.config import LimitsConfig, SourcesConfig
+from schemas.config import LimitsConfig, PreprocessConfig, SourcesConfig
 from schemas.dataset import Dataset
 from schemas.errors import EXIT_DONE, DatasetError
 from schemas.index import read_index, read_quarantine, read_tensor
+from schemas.load import load_config
 
 _LISTED = 5
 """Samples named in an error."""
 
 
-def run(dataset: str | Path, *, sample: str | None, output: Path | None, as_json: bool) -> int:
-    """The subcommand: draw, then say where the picture is."""
-    result = inspect_sample(dataset, sample=sample, output=output)
+def run(
+    dataset: str | Path,
+    *,
+    sample: str | None,
+    output: Path | None,
+    as_json: bool,
+    config: Path | None = None,
+    vae: str | None = None,
+) -> int:
+    """The subcommand: draw, then say where the picture is. `config` as of `rules_of`, `vae`
+    where the dataset's video encoder is now."""
+    result = inspect_sample(dataset, sample=sample, output=output, config=config, vae=vae)
     if as_json:
         print_json(result)
         return EXIT_DONE
@@ -43,19 +53,27 @@ def run(dataset: str | Path, *, sample: str | None, output: Path | None, as_json
 
 
 def inspect_sample(
-    dataset: str | Path, *, sample: str | None = None, output: Path | None = None, columns: int = 8
+    dataset: str | Path,
+    *,
+    sample: str | None = None,
+    output: Path | None = None,
+    columns: int = 8,
+    config: Path | None = None,
+    vae: str | None = None,
 ) -> dict[str, Any]:
     """Draw one sample to `output` (default: `inspect-<id>.png` in the current folder) and describe it.
 
     `sample` is the start of a sample id, or a source as the manifest gives it, its path or its file
-    name; default: the first sample. DatasetError where there is no such sample or more than one.
+    name; default: the first sample. `config` as of `rules_of`. DatasetError where there is no such sample
+    or more than one.
     """
-    card = read_card(dataset)
+    card, (limits, sources) = read_card(dataset), rules_of(config)
     row = choose_sample(dataset, sample)
     clip = _clip_record(dataset, row)
     latents = read_tensor(dataset, row, card.latent_tensors[0])
-    decoded = card_encoder(dataset, card).decode(as_float32(latents), tiled=card.is_tiled(row["bucket"]))
-    with Redecoder(card, limits=LimitsConfig(), sources=SourcesConfig()) as redecoder:
+    encoder = card_encoder(dataset, card, vae=vae)
+    decoded = decode(encoder, as_float32(latents), tiled=card.is_tiled(row["bucket"]))
+    with Redecoder(card, limits=limits, sources=sources) as redecoder:
         found = redecoder.frames(row)
     if not isinstance(found, str) and found.shape != decoded.shape:
         found = f"source now gives frames {found.shape}, the latents {decoded.shape}"
@@ -90,6 +108,14 @@ def inspect_sample(
 
 
 # ------------------------------------------------------------------------------ the sample
+
+
+def rules_of(config: Path | None) -> tuple[LimitsConfig, SourcesConfig]:
+    """How sources may be read again: as a preprocess config says, such as the dataset's, or by default."""
+    if config is None:
+        return LimitsConfig(), SourcesConfig()
+    settings = load_config(config, PreprocessConfig)
+    return settings.limits, settings.sources
 
 
 def choose_sample(dataset: str | Path, sample: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ latents and prompts, and an estimate of time and memory from a few clips decoded
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import statistics
@@ -19,8 +20,9 @@ import numpy as np
 
 from jobs.console import Pace, console, count_of, count_table, duration, print_json, size, table
 from jobs.growth import Growth, other_settings, say_other_settings
-from jobs.report import clip_counts, window_s
+from jobs.report import clip_counts, lengths_told, note_length, window_s
 from pipeline.clip import Placed
+from pipeline.executor import uses_ray
 from pipeline.graph import manifest_rows, wanted_card
 from pipeline.progress import gated_failures
 from pipeline.sandbox import DecodeRequest, DecoderProcess, decode_settings
@@ -32,7 +34,7 @@ from pipeline.video_encode import load_video_encoder
 from schemas.bucket import bucket_name, video_tokens
 from schemas.card import Card, card_path, read_card
 from schemas.codec import DTYPES, TAGS
-from schemas.config import AT_A_RATE, BucketConfig, PreprocessConfig
+from schemas.config import AT_A_RATE, BucketConfig, ExecutorConfig, PreprocessConfig
 from schemas.dataset import Dataset
 from schemas.errors import EXIT_DONE, EXIT_GATE, EXIT_USAGE, ClipError
 from schemas.load import load_config
@@ -40,6 +42,8 @@ from schemas.manifest import ManifestRow
 
 _TRIALS = 3
 _SHOWN = 20
+_CAPTIONS = 1024
+"""Counted at once."""
 _FOUND_OUT = "found out at the start, with one clip of each bucket"
 
 
@@ -76,6 +80,7 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: b
     dropped: list[dict[str, Any]] = []
     chosen: list[_Chosen] = []
     looked: dict[int, Placed | ClipError] = {}
+    lengths: dict[str, tuple[int, int]] = {}
     counts: Counter[str] = Counter(clips=0, shorter_than_bucket=0, slowed_beyond_2x=0)
     leftover = 0.0
     pace = Pace("rows")
@@ -90,6 +95,7 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: b
             continue
         bucket = config.buckets[found.bucket]
         counts.update(clip_counts(found, config))
+        note_length(lengths, found, config)
         notes += [{"row": row.number, "source": row.source, "message": note} for note in found.notes]
         leftover += _leftover_s(row, found, config)
         buckets[bucket_name(bucket)] += found.num_clips
@@ -99,15 +105,14 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: b
     tiling = card.hard["latents"].get("video_encoder.tiling")
     growth = Growth(dataset, card, config, rows, looked)
     done, failed = growth.done()
-    captions = list(dict.fromkeys(row.caption for row in rows))
+    captions = ["", *dict.fromkeys(row.caption for row in rows)]
+    prompts_bytes, captions_cut = _prompts(captions, config)
     report: dict[str, Any] = {
         "rows": len(rows),
         "kept_rows": len(chosen),
         "clips": counts["clips"],
         "frames": sum(each.num_frames for each in chosen),
-        "frames_per_clip": [pick(each.shape.num_frames for each in chosen) for pick in (min, max)]
-        if chosen
-        else None,
+        "frames_per_clip": lengths,
         "changes": growth.outlook.as_dict(),
         "stale": growth.stale(),
         "already_done": done,
@@ -120,12 +125,13 @@ def plan(config_path: Path, *, overrides: Sequence[str], as_json: bool, adopt: b
         "slowed_beyond_2x": counts["slowed_beyond_2x"],
         "leftover_s": round(leftover, 3),
         "notes": notes,
-        "captions": len(captions),
+        "captions": len(captions) - 1,
+        "captions_cut": captions_cut,
         "video_tokens": sum(
             video_tokens(card.geometry.latent_shape(each.shape)) * each.num_clips for each in chosen
         ),
         "latents_bytes": sum(_latent_bytes(each.shape, card) * each.num_clips for each in _once(chosen)),
-        "prompts_bytes": _prompt_bytes(["", *captions], config),
+        "prompts_bytes": prompts_bytes,
         **_estimate(chosen, config, card, remaining=counts["clips"] - done),
     }
     print_json(report) if as_json else _print(report, config, growth)
@@ -156,49 +162,65 @@ def _latent_bytes(shape: BucketConfig, card: Card) -> int:
     return int(np.prod(card.geometry.latent_shape(shape))) * item * len(card.latent_tensors)
 
 
-def _prompt_bytes(captions: Sequence[str], config: PreprocessConfig) -> int:
-    """Measured on a few captions; exact with padding = "full"."""
-    trial = captions[:: max(1, len(captions) // 16)]
-    encodings = load_text_encoder(config.text_encoder).encode(trial)
-    mean = statistics.fmean(sum(t.data.nbytes for t in encoding.tensors.values()) for encoding in encodings)
-    return round(mean * len(captions))
+def _prompts(captions: Sequence[str], config: PreprocessConfig) -> tuple[int, int]:
+    """Bytes of the stored prompts, and how many captions are cut; from their tokens alone."""
+    text, most = load_text_encoder(config.text_encoder), config.text_encoder.max_length
+    starts = range(0, len(captions), _CAPTIONS)
+    tokens = [n for i in starts for n in text.count_tokens(captions[i : i + _CAPTIONS])]
+    full = config.text_encoder.padding == "full"
+    rows = sum(most if full else min(n, most) for n in tokens)
+    return rows * text.row_bytes(), sum(n > most for n in tokens)
 
 
 def _estimate(
     chosen: Sequence[_Chosen], config: PreprocessConfig, card: Card, *, remaining: int
 ) -> dict[str, Any]:
-    """Seconds and bytes of memory, from trial clips spread over the manifest; time goes by frames."""
+    """Seconds that the latents take and bytes of memory, from trial clips spread over the manifest; time goes
+    by frames. The first clip warms up: it counts only where it is the one."""
     encoder = load_video_encoder(config.video_encoder)
-    spent = []
+    decode_s, encode_s = list[float](), list[float]()
     step = max(1, len(chosen) // _TRIALS)
     with DecoderProcess(**decode_settings(config)) as decoder:
-        for row, shape, _ in chosen[step // 2 :: step][:_TRIALS]:
+        for row, _, _ in chosen[step // 2 :: step][:_TRIALS]:
             decoder.submit(DecodeRequest(row.path, start_s=row.start_s, end_s=row.end_s, clip=0))
             try:
                 clip = decoder.result()
             except ClipError:
                 continue
-            started = time.perf_counter()
             tiled = card.is_tiled(bucket_name(config.buckets[clip.bucket]))
             try:
+                encoder.load()
+                started = time.perf_counter()
                 encoder.encode(clip.frames[None], tiled=tiled)
             except Exception as error:
                 if not is_starved(error):
                     raise
                 break  # the run finds out what fits
-            spent.append((clip.decode_s + time.perf_counter() - started) / shape.num_frames)
+            encode_s.append((time.perf_counter() - started) / len(clip.frames))
+            decode_s.append(clip.decode_s / len(clip.frames))
             clip.release()
-    parallel = min(config.executor.workers, os.cpu_count() or 1)
     clips = sum(each.num_clips for each in chosen)
     frames = remaining * sum(each.num_frames for each in chosen) / max(1, clips)
-    seconds = statistics.median(spent) * frames / parallel if spent else None
+    seconds = None
+    if encode_s:
+        encode_s = encode_s[1:] or encode_s
+        seconds = frames * pace(statistics.median(decode_s), statistics.median(encode_s), config.executor)
     of_worker_and_child = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     peak = 1024 * sum(resource.getrusage(who).ru_maxrss for who in of_worker_and_child)
     return {
-        "trial_clips": len(spent),
+        "trial_clips": len(decode_s),
         "estimated_s": seconds and round(seconds, 1),
         "estimated_memory_bytes": peak * config.executor.workers,
     }
+
+
+def pace(decode_s: float, encode_s: float, settings: ExecutorConfig) -> float:
+    """Seconds of a run for what takes one decoder and one encoder so long: they work beside each other, so
+    the slower of the two sets it, and on this machine its cores."""
+    workers = settings.workers if uses_ray(settings) else 1
+    cores = math.inf if settings.address else os.cpu_count() or 1
+    decoders = settings.decode_actors or workers * (settings.decoders_per_worker or 0) or cores
+    return max(encode_s / workers, decode_s / decoders, (decode_s + encode_s) / cores)
 
 
 def _print(report: dict[str, Any], config: PreprocessConfig, growth: Growth) -> None:
@@ -231,15 +253,18 @@ def _print(report: dict[str, Any], config: PreprocessConfig, growth: Growth) -> 
     if config.frames.policy in AT_A_RATE:
         facts.add_row("in no clip", f"{duration(report['leftover_s'])} of video at the ends of rows")
     if config.frames.clips == "whole" and report["frames_per_clip"]:
-        shortest, longest = report["frames_per_clip"]
-        facts.add_row("frames", f"{report['frames']:,}, {shortest} to {longest} a clip")
+        facts.add_row("frames", f"{report['frames']:,}")
+        facts.add_row("frames a clip", lengths_told(report["frames_per_clip"]))
+    if report["captions_cut"]:
+        most = config.text_encoder.max_length
+        facts.add_row("captions", f"{report['captions_cut']} of {report['captions']} cut to {most} tokens")
     facts.add_row("video tokens", f"{report['video_tokens']:,}")
     facts.add_row("disk", f"latents {size(report['latents_bytes'])}, prompts {size(report['prompts_bytes'])}")
     if report["estimated_s"] is not None:
         workers = config.executor.workers
         facts.add_row(
             "estimate",
-            f"{duration(report['estimated_s'])} with {count_of(workers, 'worker')} and about "
+            f"{duration(report['estimated_s'])} for the latents with {count_of(workers, 'worker')} and about "
             f"{size(report['estimated_memory_bytes'])} of memory "
             f"(from {count_of(report['trial_clips'], 'trial clip')})",
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jobs.console import console, count_table, print_json
+from jobs.console import console, count_of, count_table, print_json
 from pipeline.graph import preprocess
 from schemas.config import PreprocessConfig
 from schemas.errors import EXIT_DONE, EXIT_FAILED, EXIT_GATE
@@ -51,7 +51,10 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 
 def report(config: PreprocessConfig, summary: dict[str, Any], *, ran: bool, over: bool) -> None:
     """The summary for a person."""
-    console.print(f"{summary['kept']} of {summary['clips']} clips kept, {summary['quarantined']} quarantined")
+    # A clip counts here once for each of its captions, and below, where it is encoded, once.
+    console.print(
+        f"{summary['kept']} of {summary['clips']} captioned clips kept, {summary['quarantined']} quarantined"
+    )
     if summary["asked_meanwhile"]:
         console.print(
             "another run, or `latentpress retry`, changed what is asked for meanwhile; run the same command "
@@ -65,8 +68,15 @@ def report(config: PreprocessConfig, summary: dict[str, Any], *, ran: bool, over
     elif latents:
         executor = summary["last_run"]["executor"]
         console.print(
-            f"{latents['clips']} clips in {latents['wall_s']:.1f} s = {latents['clips_per_s']:.2f} clips/s "
-            f"on {executor['kind']} x {executor['workers']}, after {latents['start_s']:.1f} s of start-up"
+            f"{count_of(latents['clips'], 'clip')} encoded in {latents['wall_s'] - latents['start_s']:.1f} s "
+            f"= {latents['clips_per_s']:.2f} clips/s on {executor['kind']} x {executor['workers']}, after "
+            f"{latents['start_s']:.1f} s of start-up"
+        )
+    prompts = summary["last_run"].get("prompts") if ran else None
+    if prompts and (cut := prompts["captions_cut"]):
+        was = "was" if cut == 1 else "were"
+        console.print(
+            f"note: {count_of(cut, 'caption')} {was} cut to {config.text_encoder.max_length} tokens"
         )
     console.print(f"dataset: {config.output}  (summary.json, index.parquet, quarantine.parquet)")
     if over:

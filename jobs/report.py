@@ -39,6 +39,7 @@ class Report:
             name: Counter()
             for name in ("codecs", "containers", "sizes", "traits", "buckets", "clips", "decoded")
         }
+        self._lengths: dict[str, tuple[int, int]] = {}
         self._values = {name: Histogram() for name in ("duration_s", "fps", "pictures", "width", "height")}
 
     def add_problem(self, problem: RowProblem) -> None:
@@ -57,8 +58,14 @@ class Report:
         self._copies += 1
 
     def add(self, row: ManifestRow, placed: Placed) -> None:
-        """A good row."""
+        """A good row; what its file holds is counted once, however many captions the clip has."""
         self.good += 1
+        if self._config is not None:
+            self._add_clips(row, placed, self._config)
+        if self._ledger.first_row("windows", (row.path, row.start_s, row.end_s), row.number) is None:
+            self._add_file(row, placed)
+
+    def _add_file(self, row: ManifestRow, placed: Placed) -> None:
         info, counts = placed.info, self._counts
         counts["codecs"][info.codec] += 1
         counts["containers"][info.container] += 1
@@ -83,14 +90,13 @@ class Report:
             ("height", float(info.display_height)),
         ):
             self._values[name].add(value)
-        if self._config is not None:
-            self._add_clips(row, placed, self._config)
         if placed.decoded is not None:
             self._add_decoded(row, placed.decoded)
 
     def _add_clips(self, row: ManifestRow, placed: Placed, config: PreprocessConfig) -> None:
         bucket = config.buckets[placed.bucket]
         self._counts["buckets"][bucket_name(bucket)] += placed.num_clips
+        note_length(self._lengths, placed, config)
         self._counts["clips"].update(clip_counts(placed, config))
         for note in placed.notes:
             self.add_warning(row, "note", note)
@@ -121,6 +127,7 @@ class Report:
             **{name: counts[name] for name in ("codecs", "containers", "sizes", "traits")},
             **{name: values.spread() for name, values in self._values.items()},
             **({"buckets": counts["buckets"], **counts["clips"]} if self._config else {}),
+            **({"frames_per_clip": self._lengths} if self._config else {}),
             **({"decoded": counts["decoded"]} if counts["decoded"] else {}),
         }
 
@@ -160,6 +167,8 @@ class Report:
         for name in ("codecs", "containers", "sizes", "traits", "buckets", "decoded"):
             if any(self._counts[name].values()):
                 facts.add_row(name, _listed(self._counts[name]))
+        if self._config is not None and self._config.frames.clips == "whole":
+            facts.add_row("frames a clip", lengths_told(self._lengths))
         if clips := self._counts["clips"]:
             rest = f"rows shorter than a clip {clips['shorter_than_bucket']}, "
             rest += f"slowed beyond 2x {clips['slowed_beyond_2x']}"
@@ -197,6 +206,17 @@ def clip_counts(placed: Placed, config: PreprocessConfig) -> dict[str, int]:
         "shorter_than_bucket": int(placed.num_available < num_frames),
         "slowed_beyond_2x": int(fills and placed.num_available * SLOW < num_frames),
     }
+
+
+def note_length(lengths: dict[str, tuple[int, int]], placed: Placed, config: PreprocessConfig) -> None:
+    """Take a good row into `lengths`: by bucket, frames of its shortest and of its longest clip."""
+    name = bucket_name(config.buckets[placed.bucket])
+    least, most = lengths.get(name, (placed.num_frames, placed.num_frames))
+    lengths[name] = min(least, placed.num_frames), max(most, placed.num_frames)
+
+
+def lengths_told(lengths: dict[str, tuple[int, int]]) -> str:
+    return ", ".join(f"{least} to {most} in {name}" for name, (least, most) in lengths.items())
 
 
 def window_s(row: ManifestRow, placed: Placed) -> float:

@@ -1,4 +1,4 @@
-"""`latentpress retry`: quarantined rows asked for again, and how many; preprocess then runs just these."""
+"""`latentpress retry`: quarantined rows asked for again, and how many; the next run is of just these."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from schemas.card import read_card
 from schemas.dataset import Dataset
 from schemas.errors import EXIT_DONE, ConfigError
 from schemas.index import read_quarantine
+from schemas.verdict import Mending
 
 
 def retry(dataset: Path, *, reasons: Sequence[str], everything: bool, as_json: bool) -> int:
@@ -27,9 +28,10 @@ def retry(dataset: Path, *, reasons: Sequence[str], everything: bool, as_json: b
     if counts:
         console.print(count_table("reason", counts, unit="rows"))
         noun = "row waits" if counts.total() == 1 else "rows wait"
-        console.print(
-            f"{counts.total()} {noun} to be tried again: run `latentpress preprocess` with its config"
-        )
+        run = "`latentpress preprocess` with its config"
+        if card.imported_from:
+            run = f"`{Mending(Dataset(dataset)).rerun}`"
+        console.print(f"{counts.total()} {noun} to be tried again: run {run}")
     else:
         console.print("nothing is quarantined")
     return EXIT_DONE

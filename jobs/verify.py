@@ -13,7 +13,7 @@ from pathlib import Path
 from jobs.console import count_of, print_json, size
 from jobs.gate import Gate
 from pipeline.collect import find_orphans
-from pipeline.fidelity import MIN_PSNR_DB, choose_samples, compare
+from pipeline.fidelity import MIN_PSNR_DB, card_encoder, choose_samples, compare
 from schemas.adoption import adoption_notes, refuse_stale
 from schemas.card import read_card
 from schemas.check import check_dataset
@@ -35,11 +35,13 @@ def verify(
     samples: int,
     min_psnr: float | None,
     as_json: bool,
+    vae: str | None = None,
 ) -> int:
     """Check `dataset`, and with `config` also that its card is what that config asks for.
 
     `samples` of it are compared with their sources where it is clean, under the limits and sources
-    of `config` if it is given; `min_psnr` in dB is their gate (MIN_PSNR_DB).
+    of `config` if it is given; `min_psnr` in dB is their gate (MIN_PSNR_DB), `vae` where the video encoder is
+    now.
     """
     card = read_card(dataset)
     settings = None
@@ -52,6 +54,8 @@ def verify(
         refuse_stale(location(dataset), have=card, want=wanted_card(settings, have=card))
     if min_psnr is not None and not samples:
         raise ConfigError("--min-psnr is the gate of samples that are decoded again; give --sample N with it")
+    if vae is not None and not samples:
+        raise ConfigError("--vae decodes samples again; give --sample N with it")
     live = sys.stderr.isatty()
 
     def progress(done: int, total: int) -> None:
@@ -67,8 +71,9 @@ def verify(
         if settings is not None:
             limits, sources = settings.limits, settings.sources
         rows = choose_samples(dataset, card, samples)
+        encoder = card_encoder(dataset, card, vae=vae)
         gate = Gate(
-            list(compare(dataset, card, rows, limits=limits, sources=sources)),
+            list(compare(dataset, card, rows, limits=limits, sources=sources, encoder=encoder)),
             min_psnr=MIN_PSNR_DB if min_psnr is None else min_psnr,
             notes=adoption_notes(dataset),
         )

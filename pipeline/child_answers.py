@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, StringConstraints, TypeAdapter
@@ -19,6 +20,8 @@ from schemas.config import SEVERAL, BucketConfig, FramesConfig, LimitsConfig
 
 TEXT_CHARS = 2000
 """Of a text from the child."""
+MOST_NOTES = 100
+"""Of a clip; a sound child has one of each kind."""
 _LARGEST = 2**53
 """Whole numbers below fit every column and every reader of JSON."""
 _Reason = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
@@ -100,21 +103,33 @@ def plain(text: str) -> str:
 
 
 def check_decoded(
-    answer: DecodedAnswer, *, clip: int, buckets: Sequence[BucketConfig], lengths: Sequence[Sequence[int]]
+    answer: DecodedAnswer,
+    *,
+    clip: int,
+    buckets: Sequence[BucketConfig],
+    lengths: Sequence[Sequence[int]],
+    limits: LimitsConfig,
 ) -> None:
     """BadAnswer where the frames are not those of a bucket and of one of its `lengths`, or the record not
-    one of such frames."""
+    one of such frames from a file within the limits."""
     _require(0 <= answer.bucket < len(buckets), "bucket")
     bucket, record = buckets[answer.bucket], answer.record
     num_frames = answer.shape[0] if answer.shape else 0
     _require(num_frames in lengths[answer.bucket], "length")
-    frames = range(num_frames)
     _require(answer.shape == [num_frames, bucket.height, bucket.width, 3], "shape")
-    _require(len(record.pts_s) == len(record.frame_weights) == len(frames), "number of frames")
-    positions = (*record.interpolated, *record.duplicated, *record.repaired)
-    _require(all(position in frames for position in positions), "position")
+    _require(len(record.pts_s) == len(record.frame_weights) == num_frames, "number of frames")
+    _require(min(record.frame_weights) >= 0, "weight")
+    for positions in (record.interpolated, record.duplicated, record.repaired):
+        _require(all(a < b for a, b in pairwise((-1, *positions, num_frames))), "position")
     _require(record.clip == clip, "clip")
-    _require(min(answer.decode_s, record.duration_s, record.coverage) >= 0, "time")
+    sizes = (record.source_width, record.source_height, record.num_pictures, record.num_fed)
+    _require(min(sizes) > 0, "file")
+    times = (0.0, *record.pts_s, limits.max_seconds)
+    _require(all(a <= b for a, b in pairwise(times)), "time")
+    _require(answer.decode_s >= 0 < record.duration_s, "time")
+    _require(min(record.source_fps, record.effective_fps) > 0, "rate")
+    _require(0 < record.coverage <= 1, "coverage")
+    _require(len(record.notes) <= MOST_NOTES, "notes")
 
 
 def check_placed(
@@ -127,6 +142,7 @@ def check_placed(
     _require(placed.num_frames in lengths[placed.bucket], "length")
     sizes = (info.width, info.height, info.display_width, info.display_height, info.num_pictures)
     _require(min(sizes) > 0 and min(info.fps, info.duration_s) >= 0, "file")
+    _require(len(placed.notes) <= MOST_NOTES, "notes")
     most = max(limits.max_frames, math.ceil(limits.max_seconds * frames.target_fps))
     _require(1 <= placed.num_clips <= (most if frames.clips in SEVERAL else 1), "number of clips")
 

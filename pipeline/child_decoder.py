@@ -16,7 +16,9 @@ from schemas.errors import RunError
 from schemas.store import is_url
 
 DECODE_AHEAD = 2
-"""Clips in a decoder's shared slots: one waiting for its turn, one being decoded."""
+"""Clips of a decoder: one waiting for its turn, one being decoded; more where batches are larger."""
+SLOTS = 8
+"""For clips of a decoder that wait or are being decoded; one that is not used takes no memory."""
 Row = dict[str, Any]
 
 
@@ -43,7 +45,7 @@ class ChildDecoder:
     """A child of this process."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self._process = DecoderProcess(**settings, slots=DECODE_AHEAD)
+        self._process = DecoderProcess(**settings, slots=SLOTS)
         self._coming: deque[tuple[Row, Local]] = deque()
 
     @property

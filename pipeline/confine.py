@@ -108,17 +108,19 @@ class _PathRule(ctypes.Structure):
     _fields_ = (("allowed", ctypes.c_uint64), ("folder", ctypes.c_int32))
 
 
-def confine(*, parent: int, limits: LimitsConfig, decode: DecodeConfig, keep_root: bool) -> dict[str, str]:
+def confine(
+    *, parent: int, limits: LimitsConfig, decode: DecodeConfig, keep_root: bool, shared_bytes: int = 0
+) -> dict[str, str]:
     """Give up rights for good; protection -> what holds it, or `not enforced` and why.
 
     The process dies when the thread that started it in `parent` does. `keep_root`: keep the uid, for files
-    that only uid 0 may open. A CUDA driver opens its devices late and for writing, so with
-    `decode.device = "cuda"` the uid is kept, /dev stays writable, memory is not limited, and there is no
-    seccomp filter.
+    that only uid 0 may open. `shared_bytes`: what it has mapped for frames, which does not count against
+    `limits.memory_bytes`. A CUDA driver opens its devices late and for writing, so with `decode.device =
+    "cuda"` the uid is kept, /dev stays writable, memory is not limited, and there is no seccomp filter.
     """
     cuda = decode.device == "cuda"
     libc = ctypes.CDLL(None, use_errno=True)
-    _limit_resources(limits, decode)
+    _limit_resources(limits, decode, shared_bytes)
     found = {"memory": f"{NOT_ENFORCED}: CUDA" if cuda else f"{limits.memory_bytes} bytes"}
     found["root"] = _attempt(lambda: _drop_root(libc, keep=cuda or keep_root))
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # after the change of user, which clears it
@@ -155,10 +157,10 @@ def _attempt(protect: Callable[[], str]) -> str:
         return f"{NOT_ENFORCED}: {error.strerror or error}"
 
 
-def _limit_resources(limits: LimitsConfig, decode: DecodeConfig) -> None:
+def _limit_resources(limits: LimitsConfig, decode: DecodeConfig, shared_bytes: int) -> None:
     most = {resource.RLIMIT_FSIZE: 0, resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: MAX_OPEN_FILES}
     if decode.device == "cpu":  # CUDA reserves addresses far beyond what it uses
-        most[resource.RLIMIT_AS] = limits.memory_bytes
+        most[resource.RLIMIT_AS] = limits.memory_bytes + shared_bytes
     if decode.backend == "pyav" and decode.threads == 1:  # a thread counts as a process
         most[resource.RLIMIT_NPROC] = 0  # has no effect while the user is root
     for limit, value in most.items():

@@ -3,19 +3,21 @@
 Every decoder keeps about one core busy: a sandboxed child here, or an actor with such a child elsewhere
 (`pipeline.remote_decoders`). Reading goes on over the border of a unit, into the one that most likely comes
 next; where another comes, what was decoded of it is thrown away. The number of children follows the measured
-ratio of decoding to encoding, so that the encoder seldom waits and no more cores are taken than that needs.
+ratio of decoding to encoding, so that the encoder seldom waits and no more cores are taken than that needs;
+what they read ahead is at least a batch, which the encoder takes at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.child_decoder import DECODE_AHEAD, ChildDecoder, Decoder, Row, listed
+from pipeline.child_decoder import DECODE_AHEAD, SLOTS, ChildDecoder, Decoder, Row, listed
 from pipeline.fetch import Fetcher, Local
 from pipeline.generation import Unit
 from pipeline.sandbox import Clip, decode_settings
@@ -44,22 +46,34 @@ class DecoderShare:
 
 
 ONE_CHILD = DecoderShare()
+Note = Callable[[str, str], None]
+"""Takes the kind of an incident and a sentence."""
 
 
 class Decoders:
     """As many decoders as `share` allows and the encoder asks for, started with the first clip and kept."""
 
-    def __init__(self, config: PreprocessConfig, share: DecoderShare = ONE_CHILD) -> None:
-        self._config, self._share = config, share
+    def __init__(
+        self,
+        config: PreprocessConfig,
+        share: DecoderShare = ONE_CHILD,
+        *,
+        note: Note = lambda *_: None,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`note` hears what gave way, `tell` what is waited for."""
+        self._config, self._share, self._note, self._tell = config, share, note, tell
         self._fetcher = Fetcher(config.sources, config.limits)
         self._settings: dict[str, Any] | None = None
         self._decoders: list[Decoder] = []
         self._ahead: _Stream | None = None
         self._decode_s: deque[float] = deque(maxlen=MEASURED)
         self._encode_s: deque[tuple[float, int]] = deque(maxlen=MEASURED)
+        self.batch = 1
+        """Clips that the encoder takes at once: so many are read ahead, as far as there are slots for."""
         self._warm = False
-        self._since = 0.0
-        """When the last clip came, or the decoders were started."""
+        self._counted, self._since = 0.0, time.perf_counter()
+        """Seconds that there were decoders, of all of them together, up to a time."""
         if share.window:  # Ray takes its time to place actors, and a worker is ready when they are
             self._fit()
 
@@ -67,6 +81,21 @@ class Decoders:
     def protections(self) -> dict[str, str]:
         """What is in force around a decoder, as its child reports it."""
         return next((each.protections for each in self._decoders if each.protections), {})
+
+    def counted(self) -> float:
+        """Seconds since the last call, times decoders; without those that were `uncounted`."""
+        self._count()
+        counted, self._counted = self._counted, 0.0
+        return counted
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """For what is loading, and no part of anything's pace."""
+        self._count()
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
 
     def encoded(self, seconds: float, clips: int) -> None:
         """Told by the encoder after every batch. The first, in which kernels are chosen, does not count."""
@@ -79,6 +108,7 @@ class Decoders:
         if self._ahead is not None:
             self._ahead.rows.close()
             self._ahead = None
+        self._count()
         while self._decoders:
             self._decoders.pop().close()
 
@@ -94,9 +124,8 @@ class Decoders:
         """Every row with its clip or its failure, in order. Once all of them are being decoded, so are the
         first of `then`: kept for the next call, if that is for the same unit.
 
-        The wait for clips is added to `seconds["decode_wait"]`, that for the first of all to
-        `seconds["load"]`, and to `seconds["decoders"]` the wall clock since the last clip, be it of another
-        unit, times the number of decoders.
+        The wait for the first clip of all, which comes when decoders have started, is added to
+        `seconds["load"]`.
         """
         if self._ahead is not None and self._ahead.unit != unit:
             self.close()
@@ -113,15 +142,15 @@ class Decoders:
                         raise stream.error
                     return
                 row, decoder = stream.waiting.popleft()
-                # The first comes when the decoders have started, which takes no part in their pace.
-                with clock(seconds, "decode_wait" if self._decode_s else "load"):
+                with contextlib.ExitStack() as starting:
+                    if not self._decode_s:
+                        starting.enter_context(self.uncounted())
+                        starting.enter_context(clock(seconds, "load"))
                     try:
                         clip: Clip | ClipError = (decoded := decoder.result())
                         self._decode_s.append(decoded.decode_s)
                     except ClipError as error:
                         clip = error
-                since, self._since = self._since, time.perf_counter()
-                seconds["decoders"] = seconds.get("decoders", 0.0) + count * (self._since - since)
                 yield row, clip
         finally:
             stream.rows.close()
@@ -140,7 +169,7 @@ class Decoders:
         ready = self._decoders[:count]
         while stream.error is None and not stream.ended:
             coming = len(stream.waiting) + (len(behind.waiting) if behind else 0)
-            full = coming >= DECODE_AHEAD * count
+            full = coming >= max(DECODE_AHEAD * count, min(SLOTS * count, self.batch + count))
             if self._share.window:
                 full = full or sum(each.held for each in self._decoders) >= self._share.window
             if full and (coming or behind):
@@ -163,23 +192,27 @@ class Decoders:
     def _fit(self) -> int:
         """Start and end decoders; how many are to be given rows. One too many ends when it is idle."""
         count = self._wanted()
-        while len(self._decoders) < count:
+        self._count()
+        if (more := count - len(self._decoders)) > 0:
             if self._settings is None:
                 self._settings = decode_settings(self._config)
-            if not self._decoders:
-                self._since = time.perf_counter()
-            self._decoders.append(self._start(self._settings))
+            self._decoders += self._start(self._settings, more)
+            self._since = time.perf_counter()
         for decoder in [each for each in self._decoders[count:] if not each.held]:
             decoder.close()
             self._decoders.remove(decoder)
         return count
 
-    def _start(self, settings: dict[str, Any]) -> Decoder:
-        if not self._share.window:
-            return ChildDecoder(settings)
-        from pipeline.remote_decoders import RemoteDecoder
+    def _count(self) -> None:
+        since, self._since = self._since, time.perf_counter()
+        self._counted += len(self._decoders) * (self._since - since)
 
-        return RemoteDecoder(settings, self._config)
+    def _start(self, settings: dict[str, Any], count: int) -> Sequence[Decoder]:
+        if not self._share.window:
+            return [ChildDecoder(settings) for _ in range(count)]
+        from pipeline.remote_decoders import start
+
+        return start(count, settings, self._config, note=self._note, tell=self._tell)
 
     def _wanted(self) -> int:
         """Decoders for SPARE times the mean ratio of decoding to encoding, within the share."""

@@ -9,14 +9,20 @@ numbers, and is settled before the first unit.
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.decoders import clock
 from pipeline.starved import EncoderStarved, free_memory, is_starved
 from pipeline.text_encode import TextEncoder, load_text_encoder
 from pipeline.video_encode import VideoEncoder, load_video_encoder
+from schemas.adoption import unlike_card
+from schemas.card import Card
 from schemas.config import PreprocessConfig
+from schemas.errors import RunError
 from schemas.sample import Family
 
 Shape = tuple[int, int, int]
@@ -73,32 +79,41 @@ def starving(
 class Encoders:
     """Loads and drops the encoders of one worker, and remembers what fits."""
 
-    def __init__(self, config: PreprocessConfig) -> None:
-        self._config = config
+    def __init__(self, config: PreprocessConfig, card: Card | None = None) -> None:
+        """With `card`, encoders of which another dataset would be made are refused."""
+        self._config, self._card = config, card
         self._together = config.executor.together
         self._video: VideoEncoder | None = None
         self._text: TextEncoder | None = None
         self._most_clips: dict[Shape, int] = {}
         """Clips at once for this shape and larger ones, where memory ran out over more."""
         self._most_captions: int | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="latentpress-encode")
+        """The one that clips are encoded on, for as long as the worker is there: cuDNN keeps its plans by
+        thread."""
 
     def video(self, seconds: dict[str, float]) -> VideoEncoder:
-        """The video encoder, loaded; Starved where it does not fit."""
+        """The video encoder, loaded; Starved where it does not fit, RunError where it is not the card's."""
         if self._video is None:
             with clock(seconds, "load"):
                 self._make_room_for("latents")
-                video = load_video_encoder(self._config.video_encoder)
+                image = self._card.image if self._card else None
+                video = load_video_encoder(self._config.video_encoder, image=image)
+                self._hold_against_card("latents", video.hard_fields())
+                self._keep_to_share()
                 with starving("latents"):
                     video.load()
             self._video = video
         return self._video
 
     def text(self, seconds: dict[str, float]) -> TextEncoder:
-        """The text encoder, loaded; Starved where it does not fit."""
+        """The text encoder, loaded; Starved where it does not fit, RunError where it is not the card's."""
         if self._text is None:
             with clock(seconds, "load"):
                 self._make_room_for("prompts")
                 text = load_text_encoder(self._config.text_encoder)
+                self._hold_against_card("prompts", text.hard_fields())
+                self._keep_to_share()
                 with starving("prompts"):
                     text.load()
             self._text = text
@@ -144,11 +159,37 @@ class Encoders:
         ways = ["more free memory (other programs and executor.workers share it)"]
         if lack.shape is not None:
             ways.append("a smaller bucket in a new dataset")
+            if not self._config.video_encoder.segment_frames:
+                ways.append("video_encoder.segment_frames, clips in pieces, in a new dataset")
             if not lack.tiled and self._video is not None and self._video.tiling_fields():
                 ways.insert(1, "video_encoder.tiling = 'on' in a new dataset")
         if config.compute_dtype == "float32":
             ways.append(f"{_NAMES[lack.family]}_encoder.compute_dtype = 'bfloat16' in a new dataset")
         return f"{_told(lack)}. What helps: {', or '.join(ways)}"
+
+    def _hold_against_card(self, family: Family, fields: dict[str, Any]) -> None:
+        """The driver made the card with the files of its machine; those of this one may be others."""
+        if self._card is None:
+            return
+        name = f"{_NAMES[family]}_encoder"
+        named = {f"{name}.{field}": value for field, value in fields.items()}
+        for field, (card, here) in unlike_card(self._config.output, self._card, family, named).items():
+            raise RunError(
+                f"{field} is {here!r} on {socket.gethostname()}, the dataset's card says {card!r}: this "
+                f"machine has other files under {name}.model = {getattr(self._config, name).model!r}. Copy "
+                "the model from where the run was started, or name a folder that all machines share"
+            )
+
+    def _keep_to_share(self) -> None:
+        """Of a GPU's memory no more than the worker's share: a trial must not find what workers beside each
+        other will not."""
+        share = self._config.executor.gpus_per_worker
+        if share is None or not 0 < share < 1:
+            return
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(share)
 
     def _make_room_for(self, family: Family) -> None:
         if self._together:

@@ -16,23 +16,35 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from pipeline.child_decoder import DECODE_AHEAD
 from pipeline.commit import Committing
 from pipeline.crew import Crew, Event, Failed, Finished, Ready, Task
 from pipeline.decoders import DecoderShare
 from pipeline.foreman import Foreman
 from pipeline.generation import Unit
+from pipeline.memory import available_bytes
+from pipeline.progress import say
 from pipeline.unit import UnitResult, UnitWorker, result_of
 from schemas.card import Card
 from schemas.config import ExecutorConfig, PreprocessConfig
 from schemas.dataset import Dataset
+from schemas.sample import Family
 from schemas.store import is_url
 
 Result = TypeVar("Result")
+MEMORY_SHARE = 0.5
+"""Of the available memory for decoders of this process; the rest is the encoder's and its batches'."""
+CHILD_BYTES = 512 * 2**20
+"""Of a decoder beside the clips in its slots: libraries, pictures of a decoder at work, packets."""
 
 
 @contextlib.contextmanager
 def open_executor(
-    config: PreprocessConfig, card: Card, *, committing: Committing, note: Callable[[str, str], None]
+    config: PreprocessConfig,
+    card: Card,
+    *,
+    committing: Committing,
+    note: Callable[[str, str, Family | None], None],
 ) -> Iterator[Foreman]:
     """A foreman with the crew that the config asks for, closed at the end; `note` as for `Foreman`."""
     dataset = Dataset(config.output)
@@ -76,6 +88,17 @@ def in_worker(config: PreprocessConfig, function: Callable[..., Result], *args: 
     return RayCluster(config).run(function, *args)
 
 
+def local_share(config: PreprocessConfig, *, cores: int, memory: int) -> DecoderShare:
+    """What this process may have of decoders: `executor.workers` to begin with and up to one a core, as far
+    as they fit MEMORY_SHARE of the bytes of `memory` with the clips they hold; at least one."""
+    settings = config.executor
+    if settings.decoders_per_worker:
+        return DecoderShare(settings.decoders_per_worker, settings.decoders_per_worker)
+    clip = max(bucket.num_frames * bucket.height * bucket.width * 3 for bucket in config.buckets)
+    fit = max(1, int(MEMORY_SHARE * memory) // (DECODE_AHEAD * clip + CHILD_BYTES))
+    return DecoderShare(min(fit, settings.workers), min(fit, max(settings.workers, cores)))
+
+
 class LocalCrew:
     """One unit after another in this process; decoding runs ahead in its children."""
 
@@ -84,9 +107,8 @@ class LocalCrew:
     depth = 1
 
     def __init__(self, config: PreprocessConfig, card: Card, *, committing: Committing) -> None:
-        fixed, least = config.executor.decoders_per_worker, config.executor.workers
-        share = DecoderShare(fixed or least, fixed or max(least, len(os.sched_getaffinity(0))))
-        self._worker = UnitWorker(config, card, committing, share)
+        share = local_share(config, cores=len(os.sched_getaffinity(0)), memory=available_bytes())
+        self._worker = UnitWorker(config, card, committing, share, say)
         self._given: Task | None = None
         self._said_ready = False
 

@@ -21,12 +21,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.fetch import Fetcher
+from pipeline.progress import say
 from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess
 from pipeline.source import Source, same_content
+from pipeline.starved import free_memory, is_starved
 from pipeline.video_encode import VideoEncoder, load_video_encoder, stored_latents
-from schemas.adoption import is_adopted
+from schemas.adoption import unlike_card
 from schemas.bucket import clip_lengths
-from schemas.card import UNKNOWN, Card
+from schemas.card import Card
 from schemas.codec import as_float32
 from schemas.config import LimitsConfig, SourcesConfig
 from schemas.errors import ClipError, ConfigError, DatasetError, RunError, StaleDatasetError
@@ -147,24 +149,51 @@ def _decoder(card: Card, limits: LimitsConfig) -> DecoderProcess:
     )
 
 
-def card_encoder(dataset: str | Path, card: Card) -> VideoEncoder:
-    """The encoder the card names; refused where this version's numbers mean something else."""
+def card_encoder(dataset: str | Path, card: Card, *, vae: str | None = None) -> VideoEncoder:
+    """The encoder the card names, or the folder or hub id `vae`, where it now is; refused where its numbers
+    mean something else."""
     # Where it ran, and whether compiled, is not what it means; image latents are not decoded.
     settings = card.settings.video_encoder.model_copy(
         update={"device": "auto", "compile": False, "image_latents": False}
     )
+    if vae is not None:
+        if settings.kind == "dct":
+            raise ConfigError(
+                f"--vae {vae}: {dataset} was encoded with dct, which has no files; leave it out"
+            )
+        settings = settings.model_copy(update={"model": vae, "revision": ""})
     try:
         encoder = load_video_encoder(settings)
     except ConfigError as error:
-        raise DatasetError(f"{dataset}: its video encoder cannot be had: {error}") from error
-    for field, value in encoder.hard_fields().items():
-        made_with = card.hard["latents"].get(f"video_encoder.{field}")
-        if made_with not in (value, UNKNOWN) and not is_adopted(dataset, f"video_encoder.{field}", value):
-            raise StaleDatasetError(
-                f"{dataset} was encoded with video_encoder.{field} = {made_with!r}, this is {value!r}: "
-                "its latents cannot be decoded here"
-            )
+        raise DatasetError(
+            f"{dataset}: its video encoder cannot be had: {error}; --vae FOLDER names where it is now"
+        ) from error
+    fields = {f"video_encoder.{field}": value for field, value in encoder.hard_fields().items()}
+    for field, (made_with, value) in unlike_card(dataset, card, "latents", fields).items():
+        raise StaleDatasetError(
+            f"{dataset} was encoded with {field} = {made_with!r}, this is {value!r}: its latents cannot be "
+            "decoded here; --vae FOLDER names the VAE they are of"
+        )
     return encoder
+
+
+def decode(encoder: VideoEncoder, latents: np.ndarray, *, tiled: bool) -> np.ndarray:
+    """`encoder.decode`; in tiles, and with a note on stderr, where memory runs out without. RunError where
+    that does not help."""
+    for as_tiles in (False, True) if encoder.tiling_fields() and not tiled else (tiled,):
+        try:
+            return encoder.decode(latents, tiled=as_tiles)
+        except Exception as error:
+            if not is_starved(error):
+                raise
+            why = (str(error) or type(error).__name__).splitlines()[0]
+        free_memory()  # outside of the handler, where nothing holds the error's tensors
+        if not as_tiles and encoder.tiling_fields():
+            say(f"note: decoding ran out of memory ({why}); decoded in tiles, which differ at their seams")
+    raise RunError(
+        f"decoding {'x'.join(map(str, latents.shape))} latents ran out of memory ({why}); free some, or run "
+        "this with CUDA_VISIBLE_DEVICES= (empty), which gives video_encoder.device = 'cpu'"
+    )
 
 
 def choose_samples(dataset: str | Path, card: Card, count: int) -> list[dict[str, Any]]:
@@ -189,9 +218,10 @@ def compare(
     *,
     limits: LimitsConfig,
     sources: SourcesConfig,
+    encoder: VideoEncoder | None = None,
 ) -> Iterator[Fidelity | NotCompared]:
-    """Every row against its source, in order; memory is that of one sample."""
-    encoder = card_encoder(dataset, card)
+    """Every row against its source, in order; memory is that of one sample. `encoder`: unset, the card's."""
+    encoder = encoder or card_encoder(dataset, card)
     with Redecoder(card, limits=limits, sources=sources) as redecoder:
         for row in rows:
             names = row["sample_id"], row["source"]
@@ -204,7 +234,7 @@ def compare(
             if fresh.shape != stored.shape:
                 yield Fidelity(*names, psnr_db=0.0, worst_frame_db=0.0, difference=1.0)
                 continue
-            psnr = frame_psnr(frames, encoder.decode(stored, tiled=card.is_tiled(row["bucket"])))
+            psnr = frame_psnr(frames, decode(encoder, stored, tiled=card.is_tiled(row["bucket"])))
             mean = round(float(np.mean(psnr)), 2)
             yield Fidelity(*names, mean, min(psnr), latent_difference(stored, fresh, card))
 

@@ -29,7 +29,7 @@ from pipeline.generation import Unit
 from pipeline.starved import EncoderStarved, is_starved
 from pipeline.unit import UnitResult
 from schemas.errors import LatentpressError, RunError
-from schemas.sample import FailureRecord, Family
+from schemas.sample import EMPTY_PROMPT_UNIT, FailureRecord, Family
 
 DEATHS = 2
 """So often a unit may take its worker down before its rows are tried alone, and a row before it fails."""
@@ -71,12 +71,13 @@ class Foreman:
         crew: Crew,
         *,
         found: Callable[[Unit], UnitResult | None],
-        note: Callable[[str, str], None],
+        note: Callable[[str, str, Family | None], None],
         where: str = "",
         backoff_s: float = BACKOFF_S,
     ) -> None:
-        """`found` gives the result of a unit that is committed; `note` takes (kind, sentence) of every
-        incident: `retried`, `worker_died`, `unit_isolated`, `row_condemned`; `where` is written to."""
+        """`found` gives the result of a unit that is committed; `note` takes (kind, sentence, family)
+        of every incident: `retried`, `worker_died`, `unit_isolated`, `row_condemned`, and what gave way in a
+        task that failed; `where` is written to."""
         self.name, self.workers = crew.name, crew.workers
         self._crew, self._found, self._note = crew, found, note
         self._where, self._backoff_s = where, backoff_s
@@ -107,6 +108,8 @@ class Foreman:
         self._failures: Counter[_Key] = Counter()
         self._shunned: dict[_Key, int] = {}
         self._alone = True
+        self._text_lives = False
+        """A worker finished something with the text encoder."""
         while True:
             yield from self._hand_out()
             if not (self._fresh or self._reserved or self._todo or self._later or self._flying):
@@ -117,6 +120,8 @@ class Foreman:
                     self._free[worker] = self._crew.depth
                 case Finished(worker, task, result):
                     self._returned(worker, task)
+                    if task.unit.family == "prompts":
+                        self._text_lives = True
                     if result is None or result.kept or not task.condemned:
                         self._fruitless.pop(worker, None)
                     if result is None:
@@ -140,8 +145,8 @@ class Foreman:
         self._flying -= 1
 
     def _room_for(self, task: Task) -> int:
-        """A row that is tried has its worker to itself: behind another one it would not be known which of them
-        a death was over, since an answer can be lost with the worker that gave it."""
+        """A row that is tried has its worker to itself: behind another one it would not be known which of
+        them a death was over, since an answer can be lost with the worker that gave it."""
         return 1 if task.row is None else self._crew.depth
 
     def _hand_out(self) -> Iterator[UnitResult]:
@@ -204,6 +209,8 @@ class Foreman:
             random.shuffle(self._fresh)
 
     def _try_later(self, task: Task, error: Exception) -> None:
+        for kind, sentence in getattr(error, "incidents", ()):
+            self._note(kind, sentence, task.unit.family)
         if isinstance(error, LatentpressError):
             raise error
         if not is_starved(error) and not isinstance(error, OSError):
@@ -212,7 +219,7 @@ class Foreman:
         count = self._failures[_key(task)]
         if count > RETRIES or (isinstance(error, OSError) and error.errno in STOPS_AT_ONCE):
             raise stopped(f"{task.name} failed", error, where=self._where) from error
-        self._note("retried", f"{task.name}: {error or type(error).__name__}")
+        self._note("retried", f"{task.name}: {error or type(error).__name__}", task.unit.family)
         self._later.append((time.monotonic() + self._backoff_s * 4 ** (count - 1), task))
 
     def _bury(self, death: Died) -> Iterator[UnitResult]:
@@ -224,7 +231,8 @@ class Foreman:
         culprit = lost.popleft() if len(lost) == len(death.held) > 0 else None
         self._todo.extendleft(reversed(lost))
         over = culprit.name if culprit else "nothing: it was starting or idle"
-        self._note("worker_died", f"worker {death.worker}, over {over}: {death.why}")
+        family = culprit.unit.family if culprit else None
+        self._note("worker_died", f"worker {death.worker}, over {over}: {death.why}", family)
 
         fruitless = self._fruitless[death.worker]
         fruitless.add(_key(culprit) if culprit and not death.starved else object())
@@ -253,15 +261,21 @@ class Foreman:
             self._todo.appendleft(task)
         elif task.row is not None:
             message = f"the worker died {DEATHS} times while it held this row alone: {death.why}"
+            if unit.family == "prompts" and (unit.number == EMPTY_PROMPT_UNIT or not self._text_lives):
+                first = "the empty caption" if unit.number == EMPTY_PROMPT_UNIT else "the first of this run"
+                raise RunError(
+                    f"{task.name}, {first}: {message}. Most likely the text encoder itself dies here, "
+                    f"whatever the caption: {_TEXT}. {RESUMES}"
+                )
             if unit.family == "prompts":  # a caption belongs to many rows, and none can do without
                 raise RunError(f"{task.name}: {message}. Remove or change that caption. {RESUMES}")
-            self._note("row_condemned", f"{task.name}: {message}")
+            self._note("row_condemned", f"{task.name}: {message}", unit.family)
             self._trials[whole].condemned[task.row] = FailureRecord(
                 key=task.row, stage="encode", reason="worker_crash", message=message, attempts=DEATHS
             )
             self._tried(task)
         elif whole not in self._trials:
-            self._note("unit_isolated", f"{task.name}: its rows are tried alone")
+            self._note("unit_isolated", f"{task.name}: its rows are tried alone", unit.family)
             keys = [row["key"] for row in unit.rows]
             self._trials[whole] = _Trial(unit, set(keys))
             self._todo.extendleft(Task(unit, row=key) for key in reversed(keys))
@@ -280,6 +294,10 @@ class Foreman:
             self._todo.appendleft(Task(trial.unit, condemned=trial.condemned))
 
 
+_TEXT = (
+    "lower executor.workers, where memory may be short, or take text_encoder.compute_dtype = 'bfloat16' in a "
+    "new dataset; else see that the files of text_encoder.model are whole"
+)
 _LOWER = "Out of memory is the usual cause; lower executor.workers, limits.memory_bytes or the buckets"
 
 

@@ -17,14 +17,16 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pipeline.adopting import require_same_numbers
 from pipeline.commit import Committing, commit_once, is_scaffold, open_store, replace
 from pipeline.discover import discover
 from pipeline.executor import open_executor
 from pipeline.fetch import Fetcher
 from pipeline.foreman import stopped
 from pipeline.generation import InTurn, Units, add_generation, known_sources, pending_units, split_into_clips
+from pipeline.model_files import commit_of
 from pipeline.outlook import outlook
 from pipeline.progress import EARLY_STOP_ROWS, EarlyStop, Tally, gated_failures, open_log, say, track
 from pipeline.reindex import TableCounts, update_tables
@@ -35,7 +37,7 @@ from pipeline.video_encode import VideoEncoder, load_video_encoder
 from schemas.adoption import adoption_record, difference_lines, read_adoptions, refuse_stale
 from schemas.bucket import check_buckets
 from schemas.card import Card, card_bytes, card_path, hard_differences, make_card, read_card
-from schemas.config import PreprocessConfig
+from schemas.config import PreprocessConfig, TextEncoderConfig, VideoEncoderConfig
 from schemas.dataset import Dataset
 from schemas.errors import ManifestError, RunError, StaleDatasetError
 from schemas.history import History
@@ -45,7 +47,11 @@ from schemas.sample import Family
 from schemas.scaling import most_latent_frames
 from schemas.store import absolute
 
-_VERSIONED = ("latentpress", "torch", "av", "numpy", "diffusers", "transformers", "tokenizers", "ftfy")
+Encoder = TypeVar("Encoder", VideoEncoderConfig, TextEncoderConfig)
+_VERSIONED = (
+    *("latentpress", "torch", "av", "numpy", "diffusers", "transformers"),
+    *("tokenizers", "sentencepiece", "ftfy", "regex", "beautifulsoup4"),  # what shapes text
+)
 
 
 def preprocess(config: PreprocessConfig, *, adopt: bool = False) -> tuple[dict[str, Any], bool]:
@@ -59,6 +65,8 @@ def preprocess(config: PreprocessConfig, *, adopt: bool = False) -> tuple[dict[s
     # Everything that can be wrong with what was asked is said before the first file is written.
     rows = manifest_rows(config)
     card = wanted_card(config)
+    load_text_encoder(config.text_encoder).check()
+    config = at_one_commit(config)
     refuse_foreign_folder(dataset)
 
     # How commits can be made here is tested before anything counts on it.
@@ -165,7 +173,22 @@ def wanted_card(config: PreprocessConfig, *, have: Card | None = None, tiled: Co
     )
 
 
-def refuse_foreign_folder(dataset: Dataset) -> None:
+def at_one_commit(config: PreprocessConfig) -> PreprocessConfig:
+    """The same with the commits that hub ids stand for here, so that all workers take these."""
+
+    def pinned(encoder: Encoder) -> Encoder:
+        commit = commit_of(encoder.model, encoder.revision)
+        return encoder.model_copy(update={"revision": commit}) if commit else encoder
+
+    return config.model_copy(
+        update={
+            "video_encoder": pinned(config.video_encoder),
+            "text_encoder": pinned(config.text_encoder),
+        }
+    )
+
+
+def refuse_foreign_folder(dataset: Dataset, *, option: str = "--set output=") -> None:
     """StaleDatasetError where the output folder holds other things than a dataset."""
     # A temp file is that of a run that was killed here, or is at work now; so is a card.
     if not card_path(dataset.root).exists() and dataset.root.is_dir():
@@ -173,7 +196,7 @@ def refuse_foreign_folder(dataset: Dataset) -> None:
         if any(not is_scaffold(name) for name in names) and card_path(dataset.root).name not in names:
             raise StaleDatasetError(
                 f"{dataset.root} is not empty and has no card.json, so it is not a latent dataset; "
-                "give another --set output=FOLDER"
+                f"give another {option}FOLDER"
             )
 
 
@@ -181,20 +204,27 @@ def settle_card(dataset: Dataset, config: PreprocessConfig, want: Card, *, adopt
     """Write the card of a new dataset, after what only a trial tells; or hold the one that is there against
     what is wanted."""
     if not card_path(dataset.root).exists():
-        if must_try(config, want) and (tiled := tried(config)):
+        if must_try(config, want) and (tiled := tried(config, want)):
             say(f"note: one clip of {', '.join(tiled)} does not fit in memory as a whole: encoded in tiles")
             want = wanted_card(config, tiled=tiled)
         commit_once(card_path(dataset.root), card_bytes(want))
     have = read_card(dataset.root)
     want = wanted_card(config, have=have)
     if adopt:
-        generation = dataset.history().generations
-        record = adoption_record(dataset.root, have=have, want=want, generation=generation)
-        if record and not commit_once(*record):
-            raise RunError(f"another run adopted settings for {dataset.root} just now; run this again")
+        history = dataset.history()
+        record = adoption_record(dataset.root, have=have, want=want, generation=history.generations)
+        if record:
+            if len(history.live):  # a run that was killed has left them behind
+                update_tables(dataset, have, history)
+            require_same_numbers(dataset, config, have=have, want=want)
+            if not commit_once(*record):
+                raise RunError(f"another run adopted settings for {dataset.root} just now; run this again")
     refuse_stale(dataset.root, have=have, want=want)
     if adopted := hard_differences(have, want):
         say(f"note: settings adopted in place of the dataset's:\n{difference_lines(adopted)}")
+    kinds = (("video_encoder", config.video_encoder.kind), ("text_encoder", config.text_encoder.kind))
+    if trial := [f"{name}.kind = {kind!r}" for name, kind in kinds if kind in ("dct", "tiny-t5")]:
+        say(f"note: only for trials, since no published model reads what it makes: {', '.join(trial)}")
     for name, version in want.soft.items():
         if have.soft.get(name) != version:
             say(f"note: {name} is {version}, the dataset was begun with {have.soft.get(name)}")
@@ -214,11 +244,11 @@ def run_units(
     """Run the pending units of both families; rates, seconds and protections of this run, and under
     `stopped` the sentence it was stopped with, if it was."""
     run: dict[str, Any] = {"stopped": None, "sandbox": {}}
-    incidents: Counter[str] = Counter()
+    incidents: dict[Family, Counter[str]] = {}
     with open_log(folder) as log:
 
-        def note(kind: str, sentence: str) -> None:
-            incidents[kind] += 1
+        def note(kind: str, sentence: str, family: Family | None) -> None:
+            incidents[family or [*incidents][-1]][kind] += 1
             log({"incident": kind, "what": sentence})
 
         if "video_encoder.tiling" in card.hard["latents"]:
@@ -230,9 +260,9 @@ def run_units(
             if config.executor.together:
                 passes = [["prompts", "latents"]]
             for families in passes:
-                incidents.clear()
                 todo = {family: pending[family] for family in families if pending[family]}
-                tallies = {f: Tally(f, total=todo[f].num_rows, incidents=incidents) for f in todo}
+                tallies = {f: Tally(f, total=todo[f].num_rows) for f in todo}
+                incidents |= {f: tally.incidents for f, tally in tallies.items()}
                 early = {
                     family: EarlyStop(
                         *committed_before(dataset, family, history), allowed=config.quarantine.max_rate
@@ -250,8 +280,7 @@ def run_units(
                         commit_once(dataset.commit_path(result.family, result.unit), result.uncommitted)
                     log(result.facts())
                     for kind, sentence in result.incidents:
-                        note(kind, sentence)
-                        say(f"note: {sentence}")
+                        note(kind, sentence, result.family)
                     run["sandbox"].update(result.protections)
                     early[result.family].add(result)
                     run["stopped"] = early[result.family].verdict()

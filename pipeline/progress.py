@@ -44,17 +44,18 @@ class Tally:
     kept: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     video_s: float = 0.0
+    captions_cut: int = 0
     nbytes: int = 0
     seconds: Counter[str] = field(default_factory=Counter)
     found: int = 0
     """Of these clips, found committed, by another driver or a worker whose answer was lost: they count for no
     rate."""
     incidents: Counter[str] = field(default_factory=Counter)
-    """What the foreman reported, by kind."""
+    """What gave way or was tried again, by kind."""
     started: float = field(default_factory=time.perf_counter)
     wall_s: float = 0.0
     start_s: float | None = None
-    """Until the first unit was begun."""
+    """Until its first unit was begun."""
 
     @property
     def failed(self) -> int:
@@ -68,24 +69,31 @@ class Tally:
     def done(self) -> int:
         return self.kept + self.failed
 
+    @property
+    def own_s(self) -> float:
+        """Since its first unit was begun: families can share a pass."""
+        return max(1e-9, self.wall_s - (self.start_s or 0.0))
+
     def add(self, result: UnitResult) -> None:
         self.kept += result.kept
         self.reasons.update(reason for reason, _ in result.failures)
         self.found += 0 if result.ours else result.kept + len(result.failures)
         self.video_s += result.video_s
+        self.captions_cut += result.captions_cut
         self.nbytes += result.nbytes
         self.seconds.update(result.seconds)
         self.wall_s = time.perf_counter() - self.started
-        if self.start_s is None and "total" in result.seconds:
-            self.start_s = max(0.0, self.wall_s - result.seconds["total"])
+        if "total" in result.seconds:  # the first to end need not be the first that was begun
+            begun_s = max(0.0, self.wall_s - result.seconds["total"])
+            self.start_s = begun_s if self.start_s is None else min(begun_s, self.start_s)
 
     def line(self) -> str:
         """One aligned line."""
-        rate = (self.done - self.found) / self.wall_s if self.wall_s else 0.0
+        rate = (self.done - self.found) / self.own_s
         left = f"{_clock(round((self.total - self.done) / rate))}" if rate else "-:--"
         text = f"{self.label:8} {self.done:>{len(str(self.total))}}/{self.total}  {rate:6.2f}/s"
         if self.label == "latents":
-            text += f"  {self.video_s / max(self.wall_s, 1e-9):6.1f} video-s/s  quarantined {self.failed}"
+            text += f"  {self.video_s / self.own_s:6.1f} video-s/s  quarantined {self.failed}"
         text += "".join(
             f"  {kind.replace('_', ' ')} {count}" for kind, count in sorted(self.incidents.items())
         )
@@ -93,18 +101,21 @@ class Tally:
 
     def summary(self, *, workers: int, gpu_names: list[str]) -> dict[str, Any]:
         """Rates, and where the time went."""
-        wall = max(self.wall_s, 1e-9)
-        start_s = self.start_s or 0.0
         return {
             "clips": self.done,
             "wall_s": round(self.wall_s, 3),
             "clips_found_committed": self.found,
             "incidents": dict(sorted(self.incidents.items())),
-            "clips_per_s": round((self.done - self.found) / wall, 3),
-            "video_s_per_s": round(self.video_s / wall, 2),
+            "clips_per_s": round((self.done - self.found) / self.own_s, 3),
+            "video_s_per_s": round(self.video_s / self.own_s, 2),
+            **({"captions_cut": self.captions_cut} if self.label == "prompts" else {}),
             "bytes": self.nbytes,
             **where_time_went(
-                self.seconds, wall_s=wall, start_s=start_s, workers=workers, gpu_names=gpu_names
+                self.seconds,
+                wall_s=self.wall_s,
+                start_s=self.start_s or 0.0,
+                workers=workers,
+                gpu_names=gpu_names,
             ),
         }
 

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pipeline.child_decoder import DECODE_AHEAD
 from pipeline.decoders import DecoderShare
 from pipeline.foreman import RESUMES
 from pipeline.ray_join import answers, connect
+from pipeline.starved import ProcessDied
 from schemas.config import PreprocessConfig
 from schemas.errors import ConfigError, RunError
 
@@ -73,8 +73,8 @@ class RayCluster:
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """The result of a function, run where a worker will, in a process that ends with it.
 
-        Its exceptions are raised here; MemoryError where Ray ended it for want of memory, RunError where it
-        died otherwise.
+        Its exceptions are raised here; MemoryError where Ray ended it for want of memory, ProcessDied where
+        it died otherwise, RunError where Ray failed.
         """
         task = self.ray.remote(**self._resources, max_calls=1, max_retries=0)(function)
         errors = self.ray.exceptions
@@ -88,6 +88,9 @@ class RayCluster:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except errors.OutOfMemoryError as error:
             raise MemoryError("Ray ended the process for want of memory") from error
+        except errors.WorkerCrashedError as error:
+            self.require_life(at_once=True)
+            raise ProcessDied(f"a process that Ray ran died ({error})") from error
         except errors.RayError as error:
             self.require_life(at_once=True)
             raise RunError(f"a process that Ray was to run failed: {error}. {RESUMES}") from error
@@ -145,8 +148,7 @@ def decoder_shares(config: PreprocessConfig, nodes: Sequence[Node], *, gpus: flo
     if actors:
         window = store_window(config, nodes) // workers
         counts = [actors // workers + (number < actors % workers) for number in range(workers)]
-        room = (min(window, (DECODE_AHEAD + 1) * count) for count in counts)
-        return [DecoderShare(count, count, window=clips) for count, clips in zip(counts, room, strict=True)]
+        return [DecoderShare(count, count, window=window) for count in counts]
     if settings.decoders_per_worker:
         return [DecoderShare(settings.decoders_per_worker, settings.decoders_per_worker)] * workers
     most = [

@@ -14,6 +14,7 @@ from pipeline.crew import Died, Event, Failed, Finished, Ready, Task
 from pipeline.foreman import RESUMES
 from pipeline.progress import say
 from pipeline.ray_cluster import POLL_S, RayCluster
+from pipeline.ray_join import first_sentence, tell, told
 from pipeline.unit import UnitWorker
 from schemas.card import Card
 from schemas.config import PreprocessConfig
@@ -43,7 +44,7 @@ class RayCrew:
         """Future -> worker that it is the readiness of."""
         self._flying: dict[Any, tuple[int, Task]] = {}
         """Future -> what it is the result of, in the order given."""
-        self._said = time.monotonic()
+        self._said = self._heard = time.monotonic()
         for worker in range(self.workers):
             self._start(worker)
 
@@ -62,6 +63,8 @@ class RayCrew:
             left = POLL_S if deadline is None else min(POLL_S, max(0.0, deadline - time.monotonic()))
             waiting = [*self._flying, *self._starting]
             self._cluster.require_life()
+            if time.monotonic() - self._heard > POLL_S:
+                self._hear()
             if not waiting:  # everything waits for its next try
                 time.sleep(left)
             try:
@@ -76,6 +79,7 @@ class RayCrew:
             self._say_where_it_waits()
 
     def close(self) -> None:
+        self._hear()
         for actor in self._actors.values():
             self._ray.kill(actor)
         self._cluster.close()
@@ -97,7 +101,7 @@ class RayCrew:
         return Finished(*self._flying.pop(future), result)
 
     def _start(self, worker: int) -> None:
-        self._actors[worker] = self._actor.remote(*self._arguments, self._cluster.shares[worker])
+        self._actors[worker] = self._actor.remote(*self._arguments, self._cluster.shares[worker], tell)
         self._starting[self._actors[worker].__ray_ready__.remote()] = worker
 
     def _replace(self, worker: int, error: Exception) -> Died:
@@ -111,8 +115,14 @@ class RayCrew:
         self._ray.kill(self._actors[worker])
         self._start(worker)
         starved = isinstance(error, self._ray.exceptions.OutOfMemoryError)
-        why = "Ray ended it for want of memory" if starved else _first_sentence(error)
+        why = "Ray ended it for want of memory" if starved else first_sentence(error)
         return Died(worker, held, why, starved=starved)
+
+    def _hear(self) -> None:
+        """Say what workers told."""
+        self._heard = time.monotonic()
+        for sentence in told():
+            say(sentence)
 
     def _say_where_it_waits(self) -> None:
         if self._starting and time.monotonic() - self._said > _PLACED_S:
@@ -122,10 +132,3 @@ class RayCrew:
                 f"{self._cluster.wants}; its cluster has {self._cluster.has}. Add nodes, or lower "
                 "executor.workers, decode_actors, decoders_per_worker or gpus_per_worker"
             )
-
-
-def _first_sentence(error: Exception) -> str:
-    """Ray's text without its lists of possible causes."""
-    text = " ".join(str(error).split())
-    detail = text.partition("Worker exit detail: ")[2] or text
-    return detail.partition(" Some common causes")[0].partition(" There are some potential")[0]

@@ -1,4 +1,5 @@
-"""Ray started on this machine, or this process joined to a cluster; it leads to `pipeline.ray_cluster`.
+"""Ray started on this machine, or this process joined to a cluster; it leads to `pipeline.ray_cluster`. And
+sentences from the processes of a run to its driver, as showing what they print would show every library's.
 
 Ray would try for minutes where nothing answers, take SIGTERM for itself, and refuse a cluster that asks for
 no token where a token lies about: all of that is seen to before.
@@ -14,6 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from schemas.errors import ConfigError, MissingExtraError, RunError
 _OBJECT_STORE_BYTES = 128 * 2**20
 _CONNECT_S = 5.0
 _PROBE_S = 10.0
+_MAIL = "latentpress"
+"""Namespace in the store of Ray's head, where sentences lie until they are fetched."""
 _TOKEN = Path.home() / ".ray" / "auth_token"
 """What `ray start` makes where its cluster asks for a token."""
 
@@ -55,7 +60,33 @@ def connect(config: PreprocessConfig, *, cpus: int) -> Any:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+    # Else what raylets report, such as each death of an actor, is shown whatever `log_to_driver` says.
+    ray._private.worker._worker_logs_enabled = False
     return ray
+
+
+def tell(sentence: str) -> None:
+    """Have the driver of this run say a sentence; nobody does where Ray's head is gone."""
+    import ray
+    from ray.experimental import internal_kv
+
+    with contextlib.suppress(Exception):
+        key = f"{ray.get_runtime_context().get_job_id()}/{time.time_ns():020}/{uuid.uuid4().hex}"
+        internal_kv._internal_kv_put(key, sentence, namespace=_MAIL)
+
+
+def told() -> list[str]:
+    """What this run's processes told since the last call."""
+    import ray
+    from ray.experimental import internal_kv
+
+    found: list[str] = []
+    with contextlib.suppress(Exception):
+        mine = f"{ray.get_runtime_context().get_job_id()}/"
+        for key in sorted(internal_kv._internal_kv_list(mine, namespace=_MAIL)):
+            found.append(internal_kv._internal_kv_get(key, namespace=_MAIL).decode())
+            internal_kv._internal_kv_del(key, namespace=_MAIL)
+    return found
 
 
 def _join(ray: Any, address: str) -> None:
@@ -66,6 +97,13 @@ def _join(ray: Any, address: str) -> None:
             f"the Ray cluster at executor.address = {address!r} cannot be joined: {error}. Its Ray must "
             "be of this version; where it asks for a token, copy its ~/.ray/auth_token to this machine"
         ) from error
+
+
+def first_sentence(error: Exception) -> str:
+    """Ray's text about a death, without its lists of possible causes."""
+    text = " ".join(str(error).split())
+    detail = text.partition("Worker exit detail: ")[2] or text
+    return detail.partition(" Some common causes")[0].partition(" There are some potential")[0]
 
 
 @contextlib.contextmanager

@@ -2,13 +2,16 @@
 
 For clusters whose GPU nodes have too few cores. Each actor fetches and decodes what one worker asks it for,
 in a sandboxed child like any other, and its frames are copied twice more than those of a child of the worker.
-The worker owns its actors, which end with it. One that is gone is replaced; a clip that it held first is
-tried once more, alone, and fails as `decoder_crash` if that takes an actor down again.
+The worker owns its actors, which end with it. One that is gone is replaced, which is an incident and can take
+until Ray has room; a clip that it held first is tried once more, alone, and fails as `decoder_crash` if that
+takes an actor down again.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +21,9 @@ from ray import exceptions
 
 from pipeline.child_decoder import ChildDecoder, Row, listed
 from pipeline.clip import ClipRecord
+from pipeline.decoders import Note
 from pipeline.fetch import Fetcher, Local
+from pipeline.ray_join import first_sentence
 from pipeline.sandbox import Clip
 from schemas.config import LimitsConfig, PreprocessConfig, SourcesConfig
 from schemas.errors import ClipError, RunError
@@ -27,6 +32,8 @@ DEATHS = 2
 """So many actors a clip may take down before it fails."""
 _PLACED_S = 600.0
 """For Ray to place an actor in place of one that is gone."""
+_SAY_EVERY_S = 30.0
+"""That an actor is waited for."""
 _TURNS = 12
 """Of `limits.clip_timeout_s`: what fetching and decoding a clip and those before it can take at most."""
 
@@ -71,17 +78,37 @@ class _Job:
     deaths: int = 0
 
 
-class RemoteDecoder:
-    """One such actor, as the worker that owns it sees it; waits until it is placed."""
+def start(
+    count: int,
+    settings: dict[str, Any],
+    config: PreprocessConfig,
+    *,
+    note: Note,
+    tell: Callable[[str], None],
+) -> list[RemoteDecoder]:
+    """So many actors, when all are placed."""
+    started = [RemoteDecoder(settings, config, note=note, tell=tell) for _ in range(count)]
+    ray.get([each.placed for each in started])
+    return started
 
-    def __init__(self, settings: dict[str, Any], config: PreprocessConfig) -> None:
-        self._limits = config.limits
+
+class RemoteDecoder:
+    """One such actor, as the worker that owns it sees it."""
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        config: PreprocessConfig,
+        *,
+        note: Note,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._limits, self._note, self._tell = config.limits, note, tell
         self._arguments = (settings, config.sources, config.limits)
         self._jobs: deque[_Job] = deque()
         self._unreleased = 0
         self.protections: dict[str, str] = {}
         self._start()
-        ray.get(self._actor.__ray_ready__.remote())
 
     @property
     def held(self) -> int:
@@ -109,7 +136,9 @@ class RemoteDecoder:
         self._unreleased -= 1
 
     def _start(self) -> None:
-        self._actor: Any = ray.remote(num_cpus=1)(DecodeActor).remote(*self._arguments)
+        kind: Any = ray.remote(num_cpus=1)(DecodeActor)
+        self._actor: Any = kind.remote(*self._arguments)
+        self.placed: Any = self._actor.__ray_ready__.remote()
 
     def _ask(self) -> None:
         """Give the actor every job in order; one that took an actor down, alone."""
@@ -125,7 +154,8 @@ class RemoteDecoder:
         while True:
             try:
                 patience_s = _PLACED_S + _TURNS * self._limits.clip_timeout_s
-                found, self.protections = ray.get(job.answer, timeout=patience_s)
+                self._await(job.answer, patience_s)
+                found, self.protections = ray.get(job.answer, timeout=0)
                 return found
             except exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, Exception) else error from None
@@ -142,12 +172,25 @@ class RemoteDecoder:
                 if getattr(error, "actor_init_failed", False):
                     raise RunError(f"a decode actor cannot start: {error}") from error
                 job.deaths += 1
-                died = " ".join(str(error).split())[:500]
+                died = first_sentence(error)
             for each in self._jobs:
                 each.answer = None
             ray.kill(self._actor)
             self._start()
+            self._note("decode_actor_died", f"a decode actor died over {source} and is replaced: {died}")
             if job.deaths == DEATHS:
                 message = f"its decode actor died {DEATHS} times, the second time alone: {died}"
                 return ClipError("decoder_crash", message, attempts=DEATHS)
             self._ask()
+
+    def _await(self, answer: Any, patience_s: float) -> None:
+        """Return when it is there, or after `patience_s`; meanwhile say what is waited for."""
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < patience_s:
+            if ray.wait([answer], timeout=min(_SAY_EVERY_S, patience_s - waited))[0]:
+                return
+            if not ray.wait([self.placed], timeout=0)[0]:
+                self._tell(
+                    f"a worker has waited {time.monotonic() - began:.0f} s for Ray to find a free core for a "
+                    "decode actor in place of one that died; add nodes, or lower executor.decode_actors"
+                )

@@ -203,6 +203,7 @@ class DecoderProcess:
         self.protections: dict[str, str] = {}
         """What holds the child, or `not enforced` and why; empty until a child has started."""
         self._free = deque(range(slots))
+        """The one used last is taken first: memory is only behind those that were ever used."""
         self._numbers = itertools.count()
         self._clips: deque[_Job] = deque()
         """Submitted and not yet asked for, in order."""
@@ -247,7 +248,7 @@ class DecoderProcess:
             answer.bucket,
             answer.record,
             decode_s=answer.decode_s,
-            release=lambda: self._free.append(slot),
+            release=lambda: self._free.appendleft(slot),
         )
 
     def place(self, request: DecodeRequest, *, full: bool = False) -> Placed:
@@ -356,7 +357,13 @@ class DecoderProcess:
         if answer.id != job.number:
             raise BadAnswer("an answer to another request")
         if isinstance(answer, DecodedAnswer):
-            check_decoded(answer, clip=job.request.clip, buckets=self._buckets, lengths=self._lengths)
+            check_decoded(
+                answer,
+                clip=job.request.clip,
+                buckets=self._buckets,
+                lengths=self._lengths,
+                limits=self._limits,
+            )
         elif isinstance(answer, PlacedAnswer):
             check_placed(answer.placed, lengths=self._lengths, frames=self._frames, limits=self._limits)
         elif isinstance(answer, Fatal) and not job.fatal:
@@ -394,7 +401,7 @@ class DecoderProcess:
 
     def _give_back(self, job: _Job) -> None:
         if job.slot is not None:
-            self._free.append(job.slot)
+            self._free.appendleft(job.slot)
             job.slot = None
 
     def _kill(self) -> None:

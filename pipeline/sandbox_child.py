@@ -53,6 +53,7 @@ def serve(decode: Callable[..., Any] = decode_clip) -> None:
         limits=settings["limits"],
         decode=settings["decode"],
         keep_root=setup["keep_root"],
+        shared_bytes=sum(slot.nbytes for slot in slots),
     )
     # PyAV's log handler takes Python's lock. A decoder thread would wait for it while the thread that holds
     # it waits for the decoder to end, so with several there is no handler, and messages are shorter.

@@ -69,9 +69,13 @@ class Segmented:
         first = self._encoder.begin(pieces[:num_clips], tiled=tiled)
 
         def finish() -> Moments:
-            starts = range(num_clips, len(pieces), num_clips)
-            rest = (self._encoder.encode(pieces[i : i + num_clips], tiled=tiled) for i in starts)
-            return _joined([first(), *rest], num_clips)
+            parts, under_way = [], first
+            for i in range(num_clips, len(pieces), num_clips):
+                # Begun before the wait, so that a GPU always has the next pieces.
+                following = self._encoder.begin(pieces[i : i + num_clips], tiled=tiled)
+                parts.append(under_way())
+                under_way = following
+            return _joined([*parts, under_way()], num_clips)
 
         return finish
 

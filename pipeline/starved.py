@@ -10,6 +10,8 @@ import errno
 import gc
 import sys
 
+from schemas.errors import RunError
+
 _SENTENCES = (
     "out of memory",  # CUDA, HIP; asynchronously too, as "CUDA error: out of memory"
     "can't allocate memory",  # torch's allocator on the host
@@ -17,6 +19,10 @@ _SENTENCES = (
     "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN
     "unable to find an engine to execute",  # cuDNN, without room for any workspace
 )
+
+
+class ProcessDied(RunError):
+    """A process ended without a word; where the kernel wants memory back, that is how."""
 
 
 class EncoderStarved(MemoryError):

@@ -3,7 +3,7 @@
 `validate`, `plan` and `preprocess` read this stream. In: rows, as they come. Out: the same rows in order,
 each with what it makes or why it cannot be used; memory does not grow with the manifest. A child keeps
 the file it opened last, so neighbouring rows of one file go to one child, a few at a time so that a
-long file with many windows still fills all children.
+long file with many windows still fills all children. The captions of one window share one look.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pipeline.sandbox import DecodeRequest, DecoderProcess, decode_settings
 from schemas.config import PreprocessConfig
 from schemas.errors import ClipError, RunError
 from schemas.manifest import ManifestRow
+from schemas.manifest_cells import MAX_CAPTIONS
 
 _NEIGHBOURS = 16
 """Rows of one file that go to a child together."""
@@ -49,7 +50,11 @@ def survey(
             raise RunError(f"{run[0].path} cannot be fetched now: {error}") from error
         child = idle.get()
         try:
-            return [_place(child, local.path, row, full=full) for row in run]
+            found: dict[tuple[float | None, float | None], Placed | ClipError] = {}
+            for row in run:
+                if (row.start_s, row.end_s) not in found:
+                    found[row.start_s, row.end_s] = _place(child, local.path, row, full=full)
+            return [found[row.start_s, row.end_s] for row in run]
         finally:
             idle.put(child)
             local.close()
@@ -82,10 +87,11 @@ def _place(child: DecoderProcess, path: str, row: ManifestRow, *, full: bool) ->
 
 
 def _runs(rows: Iterable[ManifestRow]) -> Iterator[list[ManifestRow]]:
-    """Neighbouring rows of one file, at most `_NEIGHBOURS` together."""
+    """Neighbouring rows of one file: `_NEIGHBOURS` together, or more where they share the last window."""
     run: list[ManifestRow] = []
     for row in rows:
-        if run and (row.path != run[-1].path or len(run) == _NEIGHBOURS):
+        same = run and row.key[:3] == run[-1].key[:3]
+        if run and (row.path != run[-1].path or len(run) >= (MAX_CAPTIONS if same else _NEIGHBOURS)):
             yield run
             run = []
         run.append(row)

@@ -23,7 +23,7 @@ from pipeline.devices import pick_device
 from pipeline.model_files import find_model
 from pipeline.prompt_cleaning import cleaning
 from pipeline.text_encoding import TextEncoding
-from schemas.codec import TAGS, Tensor
+from schemas.codec import DTYPES, TAGS, Tensor
 from schemas.config import TextEncoderConfig
 from schemas.errors import ConfigError, RunError
 from schemas.text_family import FAMILIES
@@ -41,6 +41,9 @@ _SHAPE = (
 """Entries of config.json that change the numbers."""
 _VOCABULARY = ("tokenizer.json", "spiece.model")
 _TOKENIZER = (*_VOCABULARY, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_SAYS_WHICH = ("tokenizer_config.json", "tokenizer.json", "config.json")
+_USUAL_WIDTH = 512
+"""`d_model` of a T5 whose config.json does not say."""
 _BATCH_ON_GPU = 32
 
 
@@ -53,6 +56,16 @@ class T5:
         """ConfigError where files are missing, or are not those of a T5."""
         self._config, self._family = config, FAMILIES[config.family]
         beside = config.subfolder.replace("text_encoder", "tokenizer")
+
+        def has_all(folder: Path) -> bool:
+            """Whether what is needed of the pipeline around it was fetched with an encoder."""
+            is_part = folder.name == config.subfolder
+            if is_part and config.family == "mochi" and not (folder.parent / "model_index.json").is_file():
+                return False
+            with contextlib.suppress(ConfigError):
+                return _tokenizer_folder(folder, folder.parent / beside).is_dir()
+            return False
+
         self._files = find_model(
             config.model,
             subfolder=config.subfolder,
@@ -60,6 +73,7 @@ class T5:
             revision=config.revision,
             weights="model",
             beside=("model_index.json", *(f"{beside}/{name}" for name in _TOKENIZER), *_TOKENIZER),
+            has_all=has_all,
         )
         folder, found = self._files.folder, self._files.config.get("model_type")
         if found not in _MODELS:
@@ -86,9 +100,20 @@ class T5:
             fields["force_zeros_for_empty_prompt"] = True
         return fields
 
-    def load(self) -> None:
+    def check(self) -> None:
         assert self._tokenizer
+        cleaning(self._config.family)
+
+    def load(self) -> None:
+        self.check()
         assert self._model
+
+    def row_bytes(self) -> int:
+        width: int = self._files.config.get("d_model", _USUAL_WIDTH)
+        return width * DTYPES[TAGS[self._config.dtype]].itemsize + 1
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        return self._lengths(self._cleaned(captions))
 
     def batch_size(self) -> int:
         return self._config.batch_size or (1 if self._device.type == "cpu" else _BATCH_ON_GPU)
@@ -102,8 +127,7 @@ class T5:
         import torch
 
         length, tokenizer, family = self._config.max_length, self._tokenizer, self._family
-        clean = cleaning(self._config.family)
-        texts = [clean(caption) for caption in captions]
+        texts = self._cleaned(captions)
         tokens = tokenizer(
             texts,
             padding="max_length",
@@ -129,11 +153,15 @@ class T5:
             if family.pad_rows == "zeros":
                 embeds = embeds.masked_fill(there[:, :, None] == 0, 0.0)
             stored = embeds.to(getattr(torch, self._config.dtype)).cpu()
+            if not stored.isfinite().all():
+                raise RunError(
+                    f"the embeddings reach {embeds.abs().max():.3g}, more than text_encoder.dtype = "
+                    f"{self._config.dtype!r} holds; expected 'bfloat16' or 'float32', in a new dataset"
+                )
         values = (stored.view(torch.uint16) if self._config.dtype == "bfloat16" else stored).numpy()
         masks = mask.numpy().astype(np.uint8)
-        lengths = [len(each) for each in tokenizer(texts, verbose=False).input_ids]
         encodings = []
-        for row, row_mask, num_tokens in zip(values, masks, lengths, strict=True):
+        for row, row_mask, num_tokens in zip(values, masks, self._lengths(texts), strict=True):
             kept = max(1, int(row_mask.sum())) if self._config.padding == "trim" else length
             tensors = {
                 "prompt_embeds": Tensor(TAGS[self._config.dtype], row[:kept].copy()),
@@ -141,6 +169,14 @@ class T5:
             }
             encodings.append(TextEncoding(tensors, num_tokens, truncated=num_tokens > length))
         return encodings
+
+    def _cleaned(self, captions: Sequence[str]) -> list[str]:
+        clean = cleaning(self._config.family)
+        return [clean(caption) for caption in captions]
+
+    def _lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each, before any cut."""
+        return [len(each) for each in self._tokenizer(list(texts), verbose=False).input_ids]
 
     @functools.cached_property
     def _device(self) -> torch.device:
@@ -163,6 +199,9 @@ class T5:
 
     @functools.cached_property
     def _model(self) -> Any:
+        """On its device. The files are mapped, one copy in the system's cache for all workers of a machine;
+        where they are of another type than `compute_dtype`, each worker also holds all weights in that type
+        until they are on its GPU."""
         import torch
         from transformers import AutoModelForTextEncoding
 
@@ -186,11 +225,17 @@ class T5:
 
 
 def _tokenizer_folder(folder: Path, beside: Path) -> Path:
-    """Where the tokenizer is: beside the encoder in a pipeline, or with it. ConfigError where there is none,
-    for which transformers would make one up."""
-    for place in (beside, folder):
+    """Where the tokenizer is: with the encoder, else beside it, as in a pipeline. ConfigError where there is
+    none, for which transformers would make one up."""
+    for place in (folder, beside):
         config = place / "tokenizer_config.json"
         if any((place / name).is_file() for name in _VOCABULARY):
+            # A vocabulary alone does not say what tokenizer it is of; a model's config.json does.
+            if not any((place / name).is_file() for name in _SAYS_WHICH):
+                raise ConfigError(
+                    f"{_KEY}: {place} holds a vocabulary, but none of {', '.join(_SAYS_WHICH)}, which say "
+                    "how it is used; copy the model's tokenizer_config.json there"
+                )
             return place
         if config.is_file() and b"ByT5Tokenizer" in config.read_bytes():  # bytes need no vocabulary
             return place

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.encoders import Encoders, Shape, Starved, is_within, starving
 from pipeline.executor import in_worker
-from pipeline.starved import free_memory, is_starved
+from pipeline.starved import ProcessDied, free_memory, is_starved
 from pipeline.video_encode import VideoEncoder
 from schemas.bucket import bucket_name
 from schemas.card import Card
@@ -48,26 +48,27 @@ def must_try(config: PreprocessConfig, want: Card) -> bool:
     return config.video_encoder.tiling == "auto" and "video_encoder.tiling" in want.hard["latents"]
 
 
-def tried(config: PreprocessConfig) -> list[str]:
+def tried(config: PreprocessConfig, want: Card) -> list[str]:
     """What `buckets_to_tile` finds where a worker of this config runs; RunError where that ends it."""
     try:
-        return in_worker(config, buckets_to_tile, config)
+        return in_worker(config, buckets_to_tile, config, want)
     except Exception as error:
-        if not is_starved(error):
+        if not is_starved(error) and not isinstance(error, ProcessDied):
             raise
+        how = "the kernel may have wanted its memory" if isinstance(error, ProcessDied) else "memory ran out"
         raise RunError(
-            f"one clip of each bucket was tried, and memory ran out: {error}. Set "
+            f"one clip of each bucket was tried, and {how}: {error}. Set "
             "video_encoder.tiling = 'on', make the buckets smaller, or give the workers more memory"
         ) from error
 
 
-def buckets_to_tile(config: PreprocessConfig) -> list[str]:
+def buckets_to_tile(config: PreprocessConfig, want: Card) -> list[str]:
     """Names of the buckets of which one clip does not fit in this process's memory as a whole.
 
     The largest comes first; one that needs no more than another that fits is not tried. RunError where a clip
     does not fit in tiles either, or the encoder not at all.
     """
-    encoders = Encoders(config)
+    encoders = Encoders(config, want)
     fitting: list[Shape] = []
     tiled: list[str] = []
     try:

@@ -59,8 +59,17 @@ class TinyT5:
             "tokenizer": "ByT5Tokenizer",
         }
 
+    def check(self) -> None:
+        pass  # it has no files
+
     def load(self) -> None:
         assert self._model
+
+    def row_bytes(self) -> int:
+        return 4 * int(_CONFIG["d_model"]) + 1
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        return [len(self._tokenizer(caption).input_ids) for caption in captions]
 
     def batch_size(self) -> int:
         return 1
@@ -70,13 +79,14 @@ class TinyT5:
             return [self._encode(caption) for caption in captions]
 
     def _encode(self, caption: str) -> TextEncoding:
-        tokenizer, model = self._model
-        num_tokens = len(tokenizer(caption).input_ids)
-        tokens = tokenizer(
+        (num_tokens,) = self.count_tokens([caption])
+        tokens = self._tokenizer(
             caption, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
         )
         mask = tokens.attention_mask
-        embeds = model(tokens.input_ids, attention_mask=mask if self._trim else None).last_hidden_state[0]
+        embeds = self._model(tokens.input_ids, attention_mask=mask if self._trim else None).last_hidden_state[
+            0
+        ]
         kept = min(num_tokens, self._max_length) if self._trim else self._max_length
         return TextEncoding(
             tensors={
@@ -88,17 +98,23 @@ class TinyT5:
         )
 
     @functools.cached_property
-    def _model(self) -> tuple[Any, Any]:
-        """(tokenizer, model); no file is read and the caller's random state stays as it is."""
+    def _tokenizer(self) -> Any:
+        from transformers import ByT5Tokenizer
+
+        return ByT5Tokenizer()
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        """No file is read and the caller's random state stays as it is."""
         import torch
-        from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+        from transformers import T5Config, T5EncoderModel
 
         with torch.random.fork_rng(devices=[]):
             model: Any = T5EncoderModel(T5Config(**_CONFIG))
         weights = {name: torch.from_numpy(weight) for name, weight in _weights().items()}
         weights["encoder.embed_tokens.weight"] = weights["shared.weight"]
         model.load_state_dict(weights)
-        return ByT5Tokenizer(), model.eval().requires_grad_(False)
+        return model.eval().requires_grad_(False)
 
 
 def _weights() -> dict[str, np.ndarray]:

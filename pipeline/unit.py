@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.batches import Batches
+from pipeline.batches import Batches, Spent
 from pipeline.clip import ClipRecord
 from pipeline.commit import Committing
 from pipeline.decoders import Decoders, DecoderShare, clock
@@ -26,6 +26,7 @@ from pipeline.encoders import Encoders, Incident, Shape, Starved, starving
 from pipeline.generation import Unit
 from pipeline.row_order import RowOrder
 from pipeline.shard_writer import ShardWriter, record_bytes
+from pipeline.starved import EncoderStarved
 from pipeline.video_encode import Moments, stored_latents
 from schemas.bucket import bucket_name
 from schemas.card import Card
@@ -49,13 +50,16 @@ class UnitResult:
     """Source seconds covered by the kept clips."""
     nbytes: int
     seconds: dict[str, float]
-    """Busy wall clock by stage (decode runs beside the others), and `total`."""
+    """Busy wall clock by stage (decode runs beside the others), and `total`; attempts that ran out of memory
+    among it. `decode_wait` is the encoder's wait for clips, `decoders` the time of all decoders together."""
     ours: bool = True
     """False where the record that counts is another driver's, or was found when its answer was lost."""
     protections: dict[str, str] = dataclasses.field(default_factory=dict)
     """What is in force around the decoder, as its child reports it."""
     incidents: tuple[Incident, ...] = ()
     """What gave way where memory ran out since the worker's last unit."""
+    captions_cut: int = 0
+    """Of the captions kept, those longer than the text encoder takes."""
     uncommitted: bytes | None = None
     """The record of a unit whose shard is there, for the one coordinator of the dataset to commit."""
 
@@ -106,14 +110,16 @@ class UnitWorker:
         card: Card,
         committing: Committing = "link",
         share: DecoderShare = _ONE_DECODER,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`committing` is what `open_store` found; `share` is what this worker may have of decoders."""
-        self._config, self._card, self._committing = config, card, committing
+        """`committing` is what `open_store` found; `share` is what this worker may have of decoders; `tell`
+        takes sentences for a person, at once."""
+        self._config, self._card, self._committing, self._tell = config, card, committing, tell
         self._dataset = Dataset(config.output)
-        self._decoders = Decoders(config, share)
-        self._encoders = Encoders(config)
+        self._decoders = Decoders(config, share, note=self._note, tell=tell)
+        self._encoders = Encoders(config, card)
         self._incidents: list[Incident] = []
-        """Since the last unit that was made."""
+        """Since the last unit that was made or failed."""
 
     def run(
         self, unit: Unit, *, condemned: Mapping[str, FailureRecord] = _NONE, then: Unit | None = None
@@ -123,13 +129,15 @@ class UnitWorker:
         `condemned` rows are not looked at: each becomes the failure it is mapped to. `then` is the unit that
         this worker will most likely be given next. Where an encoder runs out of memory, something gives way
         and the unit is made again from its start, so that no unit mixes settings; EncoderStarved where
-        nothing is left to give.
+        nothing is left to give. An exception has what gave way before it as `incidents`.
         """
-        started = time.perf_counter()
-        made = self._until_it_fits(unit, lambda: self._make(unit, condemned, then))
-        incidents, self._incidents = tuple(self._incidents), []
-        seconds = {**made.seconds, "total": time.perf_counter() - started}
-        return dataclasses.replace(made, seconds=seconds, incidents=incidents)
+        started, seconds = time.perf_counter(), dict[str, float]()
+        self._decoders.counted()  # what they did between units is nobody's
+        made = self._until_it_fits(unit, lambda: self._make(unit, condemned, then, seconds))
+        seconds["total"] = time.perf_counter() - started
+        if unit.family == "latents":
+            seconds["decoders"] = self._decoders.counted()
+        return dataclasses.replace(made, seconds=seconds, incidents=self._take_incidents())
 
     def try_row(self, unit: Unit, key: str) -> None:
         """Decode and encode one row of a unit and keep nothing: does this worker live through it?"""
@@ -146,12 +154,32 @@ class UnitWorker:
                 return work()
             except Starved as error:
                 lack = error.lack
+            except Exception as error:
+                error.incidents = self._take_incidents()  # type: ignore[attr-defined]
+                raise
             # Only here does nothing hold the error any more, nor the tensors in its traceback.
-            kind, sentence = self._encoders.give_way(lack)
-            self._incidents.append((kind, f"{unit.family} unit {unit.number}: {sentence}"))
+            try:
+                kind, sentence = self._encoders.give_way(lack)
+            except EncoderStarved as error:
+                error.incidents = self._take_incidents()  # type: ignore[attr-defined]
+                raise
+            self._note(kind, f"{unit.family} unit {unit.number}: {sentence}")
 
-    def _make(self, unit: Unit, condemned: Mapping[str, FailureRecord], then: Unit | None) -> UnitResult:
-        seconds: dict[str, float] = {}
+    def _note(self, kind: str, sentence: str) -> None:
+        self._incidents.append((kind, sentence))
+        self._tell(f"note: {sentence}")
+
+    def _take_incidents(self) -> tuple[Incident, ...]:
+        incidents, self._incidents = tuple(self._incidents), []
+        return incidents
+
+    def _make(
+        self,
+        unit: Unit,
+        condemned: Mapping[str, FailureRecord],
+        then: Unit | None,
+        seconds: dict[str, float],
+    ) -> UnitResult:
         failures = [condemned[row["key"]] for row in unit.rows if row["key"] in condemned]
         video_s = 0.0
 
@@ -177,7 +205,6 @@ class UnitWorker:
             result_of(unit, commit),
             video_s=video_s,
             nbytes=commit.nbytes,
-            seconds=seconds,
             ours=shard.was_first,
             protections=self._decoders.protections,
             uncommitted=record_bytes(commit) if self._committing == "coordinator" else None,
@@ -210,7 +237,9 @@ class UnitWorker:
 
     def _latents(self, unit: Unit, keep: _Keep, seconds: dict[str, float], then: Unit | None) -> None:
         self._decoders.begin(unit)  # its first clips come while the weights are loaded
-        encoder = self._encoders.video(seconds)
+        with self._decoders.uncounted():
+            encoder = self._encoders.video(seconds)
+        loaded = seconds.get("load", 0.0)
 
         def write(number: int, outcome: _Outcome) -> None:
             with clock(seconds, "write"):
@@ -223,9 +252,12 @@ class UnitWorker:
         def done(clips: list[_Encoding], moments: Moments) -> None:
             rows.put([(clip.number, partial(sample, clip, moments, i)) for i, clip in enumerate(clips)])
 
-        def encoded(spent: float, clips: int) -> None:
-            seconds["encode"] = seconds.get("encode", 0.0) + spent
-            self._decoders.encoded(spent, clips)
+        def encoded(spent: Spent) -> None:
+            nonlocal loaded
+            started, loaded = seconds.get("load", 0.0) - loaded, seconds.get("load", 0.0)
+            seconds["decode_wait"] = seconds.get("decode_wait", 0.0) + spent.waited_s - started
+            seconds["encode"] = seconds.get("encode", 0.0) + spent.busy_s
+            self._decoders.encoded(spent.busy_s, spent.clips)
 
         with (
             contextlib.closing(self._decoders.clips(unit, seconds, then)) as decoded,
@@ -239,7 +271,7 @@ class UnitWorker:
                 seconds["decode"] = seconds.get("decode", 0.0) + clip.decode_s
                 bucket = bucket_name(self._config.buckets[clip.bucket])
                 shape = clip.frames.shape[:3]
-                size = self._encoders.clips_at_once(shape)
+                self._decoders.batch = size = self._encoders.clips_at_once(shape)
                 encoding = _Encoding(number, row["key"], bucket, shape, size, clip.record)
                 batches.add(encoding, clip.frames, tiled=self._card.is_tiled(bucket))
                 clip.release()
@@ -273,6 +305,7 @@ def result_of(unit: Unit, commit: UnitCommit) -> UnitResult:
         nbytes=0,
         seconds={},
         ours=False,
+        captions_cut=sum(bool(sample.meta.get("truncated")) for sample in commit.samples),
     )
 
 

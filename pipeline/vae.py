@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.devices import pick_device
+from pipeline.first_frame import first_is_alone, posterior
 from pipeline.vae_frames import FrameFeed
-from pipeline.vae_model import VaeModel
+from pipeline.vae_model import find_vae
 from schemas.config import VideoEncoderConfig
 from schemas.errors import ConfigError
 from schemas.scaling import ImageLatents
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
 
 _CLIP_PIXELS = 49 * 480 * 720
 """Encoded at once on a GPU where `batch_size` is unset."""
-_DETERMINISTIC = -30.0
-"""Log-variance of a VAE without noise (Cosmos): diffusers' floor."""
 _PICTURES_AT_ONCE = {"cpu": 1, "cuda": 8}
 """Frames of a picture VAE in one call, whatever the batch."""
 _FRAMES_DECODED_AT_ONCE = 14
@@ -41,24 +41,34 @@ class DiffusersEncoder:
 
     name = "diffusers"
 
-    def __init__(self, config: VideoEncoderConfig) -> None:
-        """ConfigError where the model is not to be had, or is not of a known class."""
-        self._config, self._model = config, VaeModel(config)
+    def __init__(self, config: VideoEncoderConfig, *, image: ImageLatents | None = None) -> None:
+        """ConfigError where the model is not to be had, or is not of a known class.
+
+        `image` is where image latents are, if that is known.
+        """
+        self._config, self._model, self._image = config, find_vae(config), image
         self.geometry, self.scaling = self._model.geometry, self._model.scaling
         self.image_scaling = self._model.image_scaling
         self._vae: Any = None
 
     @cached_property
     def image(self) -> ImageLatents:
-        """Where image latents are, if asked for; found by a trial with the weights, once."""
+        """Where image latents are, if asked for; found by a trial with the weights where it is not known."""
         if not self._config.image_latents:
             return "none"
+        if self._image is not None:
+            return self._image
+        if self._model.name == "AutoencoderKLTemporalDecoder":
+            raise ConfigError(
+                "video_encoder.image_latents: Stable Video Diffusion adds noise to a picture before it is "
+                "encoded, anew each time, and does not scale the result: no stored image latents are that"
+            )
         if not self.geometry.takes(1):
             raise ConfigError(
                 f"video_encoder.image_latents: {self._model.name} takes {self.geometry.rule} frames, and so "
                 "cannot encode a first frame alone"
             )
-        return "first_latent" if self._model.by_frame or self._first_is_alone() else "apart"
+        return "first_latent" if self._model.by_frame or first_is_alone(self._model) else "apart"
 
     def hard_fields(self) -> dict[str, Any]:
         fields = {
@@ -68,6 +78,8 @@ class DiffusersEncoder:
             "weights_sha256": self._model.files.weights_sha256(),
             "compute_dtype": self._config.compute_dtype,
         }
+        if self._model.time_tiles:
+            fields["time_tiles"] = self._model.time_tiles
         return fields if self.image == "none" else {**fields, "image_latents": self.image}
 
     def tiling_fields(self) -> dict[str, Any]:
@@ -103,7 +115,7 @@ class DiffusersEncoder:
     def buffer(self, num_clips: int, shape: tuple[int, int, int]) -> np.ndarray:
         import torch
 
-        # torch keeps pinned memory for the next buffer, and not before the GPU has read it.
+        # torch keeps pinned memory for the next buffer.
         pinned = self._device.type == "cuda"
         frames: np.ndarray = torch.empty((num_clips, *shape, 3), dtype=torch.uint8, pin_memory=pinned).numpy()
         return frames
@@ -114,18 +126,23 @@ class DiffusersEncoder:
         self.geometry.latent_frames(frames.shape[1])
         self.load()
         self._model.set_tiling(self._vae, tiled=tiled)
+        clips = torch.from_numpy(frames)
         with torch.no_grad():
-            found = self._moments(torch.from_numpy(frames))
+            if self._device.type == "cuda" and (tiled or self._model.cuts_patches):
+                # What is cut out of pinned memory is copied on the host; as bytes, a clip is small on a GPU.
+                clips = clips.to(self._device, non_blocking=True)
+            found = self._moments(clips)
             if self.image == "apart":
-                first = self._moments(torch.from_numpy(frames[:, :1]))
+                first = self._moments(clips[:, :1])
                 found |= {f"image_{name}": values for name, values in first.items()}
             if self._device.type == "cpu":
                 return lambda: found
             host = {name: _to_pinned(values) for name, values in found.items()}
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)  # else the host spins while it waits
             done.record()
 
-        def wait() -> Moments:
+        # The argument keeps the frames: torch does not see that a copy still reads memory known to numpy.
+        def wait(frames: np.ndarray = frames) -> Moments:
             done.synchronize()
             return host
 
@@ -149,11 +166,7 @@ class DiffusersEncoder:
 
     @cached_property
     def _device(self) -> torch.device:
-        import torch
-
-        if self._config.device != "auto":
-            return torch.device(self._config.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return pick_device(self._config.device, key="video_encoder.device")
 
     def _moments(self, clips: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 [B, F, H, W, 3] -> float32 [B, T, C, H, W] where the model is."""
@@ -162,36 +175,15 @@ class DiffusersEncoder:
         if self._model.by_frame:
             size = _PICTURES_AT_ONCE[self._device.type]
             pictures = clips.flatten(0, 1).movedim(-1, 1).split(size)
-            parts = [_posterior(self._vae, self._feed(each)) for each in pictures]
+            parts = [posterior(self._vae, self._feed(each)) for each in pictures]
             joined = (torch.cat(each) for each in zip(*parts, strict=True))
             found = [each.unflatten(0, clips.shape[:2]) for each in joined]
         else:
             frames = clips.movedim(-1, 1)
             # Windows are cut out of a copy of the clip's type, so that one must be the model's.
             whole = self._feed(frames) if self.geometry.windows else frames
-            found = [each.transpose(1, 2) for each in _posterior(self._vae, whole)]
+            found = [each.transpose(1, 2) for each in posterior(self._vae, whole)]
         return {name: each.float().contiguous() for name, each in zip(("mean", "logvar"), found, strict=True)}
-
-    def _first_is_alone(self) -> bool:
-        """Whether the first latent frame of a clip is the encoding of its first frame alone.
-
-        Two clips that share a first frame must agree in it bit for bit, and with that frame encoded alone up
-        to rounding: the kernels for one frame sum in another order than those for many.
-        """
-        import torch
-
-        cpu = torch.device("cpu")
-        vae = self._model.load(dtype=torch.float32, device=cpu)
-        feed = FrameFeed(device=cpu, dtype=torch.float32, channels_last=False)
-        shape = (1, 3, 1 + 2 * self.geometry.temporal, *[max(64, 2 * self.geometry.spatial)] * 2)
-        generator = torch.Generator().manual_seed(0)
-        one, other = (torch.randint(256, shape, dtype=torch.uint8, generator=generator) for _ in range(2))
-        other[:, :, 0] = one[:, :, 0]
-        with torch.no_grad():
-            first, again, alone = (
-                torch.cat(_posterior(vae, feed(clip)), 1)[:, :, :1] for clip in (one, other, one[:, :, :1])
-            )
-        return torch.equal(first, again) and torch.allclose(first, alone, rtol=1e-3, atol=1e-4)
 
     def _decodable(self, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not self._model.by_frame:
@@ -211,25 +203,16 @@ class DiffusersEncoder:
         if self._model.config.get("timestep_conditioning"):  # LTX: clean latents are those of time 0
             extra["temb"] = torch.zeros(1, device=latents.device, dtype=latents.dtype)
         clip: torch.Tensor = self._vae.decode(latents.transpose(0, 1)[None], **extra).sample
-        # Allegro's decoder has brought time to the front already.
-        return clip[0] if self.geometry.windows else clip[0].transpose(0, 1)
+        if self.geometry.windows:  # Allegro's decoder has brought time to the front already
+            return clip[0]
+        # Of an even number of latent frames, CogVideoX makes more of the first one than it stands for.
+        return clip[0].transpose(0, 1)[-((len(latents) - 1) * self.geometry.temporal + 1) :]
 
     @cached_property
     def _decode_arguments(self) -> frozenset[str]:
         import inspect
 
         return frozenset(inspect.signature(type(self._vae).decode).parameters)
-
-
-def _posterior(vae: Any, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance."""
-    import torch
-
-    posterior = vae.encode(frames).latent_dist
-    if hasattr(posterior, "logvar"):
-        return posterior.mean, posterior.logvar
-    mean: torch.Tensor = posterior.mode()
-    return mean, torch.full_like(mean, _DETERMINISTIC)
 
 
 def _to_pinned(values: torch.Tensor) -> torch.Tensor:

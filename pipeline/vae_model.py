@@ -2,20 +2,23 @@
 
 In: the files of a model. Out: what the card must know, found by running the class on the meta device, where
 shapes are computed and nothing else, so that no table of ours can disagree with the library. The price: a
-second or so for a large model. `load` reads the weights, by the library's own code.
+second or so for a large model, once in a process. `load` reads the weights, by the library's own code.
 
 B clips, F pixel frames, T latent frames, C channels, H, W pixels or latent cells.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.model_files import ModelFiles, find_model
 from schemas.bucket import Geometry
 from schemas.config import VideoEncoderConfig
+from schemas.digest_cache import Stamp, stamp
 from schemas.errors import ConfigError
 from schemas.model_weights import VAE_WEIGHTS, read_model_json
 from schemas.scaling import Scaling
@@ -26,26 +29,43 @@ if TYPE_CHECKING:
 
 _KEY = "video_encoder.model"
 _SCHEDULER = "scheduler/scheduler_config.json"
+_COSMOS = "AutoencoderKLCosmos"
+"""Its pipelines scale by `sigma_data` of their scheduler too."""
+_OWN_PARTS = ("encoder.", "quant_conv.", "decoder.", "post_quant_conv.")
 _SIDE = 128
 """Pixels of the probe: a multiple of every known compression."""
 _MORE = 48
 """Frames of the probe after the first: a multiple of every known compression."""
 
 
-class VaeModel:
-    """What a folder of a VAE says of it."""
+def find_vae(config: VideoEncoderConfig) -> VaeModel:
+    """The VAE a config names; ConfigError where there is no such model, or none of a known class."""
+    files = find_model(
+        config.model,
+        subfolder=config.subfolder,
+        revision=config.revision,
+        key=_KEY,
+        weights=VAE_WEIGHTS,
+        beside=(_SCHEDULER,),
+        has_all=_has_its_scheduler,
+    )
+    scheduler = _scheduler(files.folder)
+    read = (*files.weights, scheduler) if scheduler.is_file() else files.weights
+    return _described(files, config.model, tuple(map(stamp, read)))
 
-    def __init__(self, config: VideoEncoderConfig) -> None:
-        """ConfigError where there is no such model, or none of a known class."""
-        self.files: ModelFiles = find_model(
-            config.model,
-            subfolder=config.subfolder,
-            revision=config.revision,
-            key=_KEY,
-            weights=VAE_WEIGHTS,
-            beside=(_SCHEDULER,),
-        )
-        self.name = require_known(self.files.config.get("_class_name"), key=f"{_KEY} = {config.model!r}")
+
+@functools.lru_cache(maxsize=8)
+def _described(files: ModelFiles, named: str, stamps: tuple[Stamp, ...]) -> VaeModel:
+    return VaeModel(files, named=named)
+
+
+class VaeModel:
+    """What a folder of a VAE says of it; the same object as long as its files are the same."""
+
+    def __init__(self, files: ModelFiles, *, named: str) -> None:
+        """`named` is what the config calls it."""
+        self.files = files
+        self.name = require_known(files.config.get("_class_name"), key=f"{_KEY} = {named!r}")
         self.by_frame = self.name in IMAGE_VAES
         """Whether it encodes pictures, [N, 3, H, W], and no clips."""
         self._class = self._find_class()
@@ -60,7 +80,12 @@ class VaeModel:
         """Arguments that are not the defaults of the class, in the order of their names."""
         empty = self._on_meta()
         # HunyuanVideo always encodes in overlapping pieces of time, LTX can.
-        self._tiles_time = hasattr(empty, "_temporal_tiled_encode") and not empty.use_framewise_encoding
+        along_time = hasattr(empty, "_temporal_tiled_encode")
+        self._tiles_time = along_time and not empty.use_framewise_encoding
+        self.time_tiles = _sizes(empty, "num_frames") if along_time and not self._tiles_time else {}
+        """Sizes in frames of overlapping pieces that every clip is encoded in."""
+        self.cuts_patches = self.config.get("in_channels", 3) != 3
+        """Whether frames are rearranged before its encoder sees them (Wan 2.2)."""
         self.geometry = self._probe(empty)
         self.takes_batches = self._takes(empty, num_clips=2)
         """False where the library encodes one clip at a time only."""
@@ -84,12 +109,14 @@ class VaeModel:
             if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise
             raise ConfigError(f"{_KEY}: {self.files.folder} cannot be loaded: {error}") from error
-        # diffusers only warns of weights that it left as they were drawn.
-        if missing := sorted(report["missing_keys"]):
-            raise ConfigError(
-                f"{_KEY}: the weights in {self.files.folder} are not those its config.json describes: "
-                f"{len(missing)} are missing, such as {missing[0]}"
-            )
+        # diffusers only warns of weights that it left as they were drawn, or left out.
+        more = [name for name in report["unexpected_keys"] if name.startswith(_OWN_PARTS)]
+        for names, what in ((report["missing_keys"], "are missing"), (more, "are not in it")):
+            if names:
+                raise ConfigError(
+                    f"{_KEY}: the weights in {self.files.folder} are not those its config.json describes: "
+                    f"{len(names)} {what}, such as {min(names)}; fetch the model again, both of one place"
+                )
         # Weights keep asking for gradients: torch has other kernels for those that do not, and other bits.
         return model.eval().to(device)
 
@@ -165,7 +192,7 @@ class VaeModel:
     def _tiles(self, model: Any) -> dict[str, Any]:
         if self.geometry.windows or not hasattr(model, "tiled_encode"):
             return {}
-        sizes = {name: value for name, value in sorted(vars(model).items()) if name.startswith("tile_")}
+        sizes = _sizes(model)
         return {**sizes, "temporal": True} if self._tiles_time else sizes
 
     def _scaling(self) -> Scaling:
@@ -191,8 +218,30 @@ class VaeModel:
         return found
 
     def _sigma_data(self) -> float:
-        path = self.files.folder.parent / _SCHEDULER
-        return float(read_model_json(path, key=_KEY).get("sigma_data") or 1.0) if path.is_file() else 1.0
+        if self.name != _COSMOS:
+            return 1.0
+        path = _scheduler(self.files.folder)
+        if not path.is_file():
+            raise ConfigError(
+                f"{_KEY}: the latents of {self.files.folder} are scaled by sigma_data of its pipeline's "
+                f"scheduler, and there is no {path}; name the folder of the pipeline, or put that file there"
+            )
+        return float(read_model_json(path, key=_KEY).get("sigma_data") or 1.0)
+
+
+def _scheduler(folder: Path) -> Path:
+    return folder.parent / _SCHEDULER
+
+
+def _has_its_scheduler(folder: Path) -> bool:
+    config = read_model_json(folder / "config.json", key=_KEY)
+    return config.get("_class_name") != _COSMOS or _scheduler(folder).is_file()
+
+
+def _sizes(model: Any, of: str = "") -> dict[str, Any]:
+    """Of its tiles, by name."""
+    sizes = sorted(vars(model).items())
+    return {name: value for name, value in sizes if name.startswith("tile_") and of in name}
 
 
 def _windows(model: Any) -> tuple[tuple[int, int], ...]:

@@ -1,8 +1,9 @@
 """Video encoders behind one interface, and what of their posterior is stored.
 
 In: uint8 frames [B, F, H, W, 3]. Out: the posterior's moments, float32 [B, T, C, H, W], unscaled;
-then, clip by clip, the tensors of one sample in the stored dtype. An encoder gives the same bytes
-for a clip whatever else is in its batch.
+then, clip by clip, the tensors of one sample in the stored dtype. The embedded codec gives the same bytes
+for a clip whatever else is in its batch; VAEs give the same up to rounding (within 1e-5 in float32), as their
+kernels sum in another order for another batch.
 
 B clips, F pixel frames, T latent frames, C channels, H, W pixels (frames) or latent cells.
 """
@@ -35,7 +36,7 @@ Moments = dict[str, "torch.Tensor"]
 
 
 class VideoEncoder(Protocol):
-    """Frames to moments and back. What `begin` returns is called from another thread than the rest."""
+    """Frames to moments and back. `begin`, and what it returns, are called from a thread of their own."""
 
     name: str
     geometry: Geometry
@@ -66,7 +67,7 @@ class VideoEncoder(Protocol):
         """Start to encode uint8 [B, F, H, W, 3]; the function returned waits for the moments.
 
         Where the model runs beside the host (on a GPU) this returns before the work is done; one such batch
-        is under way at most. Out of memory is raised here or by the function.
+        is under way at most, or two in pieces of a clip. Out of memory is raised here or by the function.
         """
 
     def encode(self, frames: np.ndarray, *, tiled: bool = False) -> Moments:
@@ -117,13 +118,14 @@ class DctEncoder:
         return dct.decode_latents(latents)
 
 
-def load_video_encoder(config: VideoEncoderConfig) -> VideoEncoder:
-    """The encoder a config names; ConfigError where there is none."""
+def load_video_encoder(config: VideoEncoderConfig, *, image: ImageLatents | None = None) -> VideoEncoder:
+    """The encoder a config names; ConfigError where there is none. `image` as a card has it saves the trial
+    that finds it."""
     encoder: VideoEncoder = DctEncoder(config)
     if config.kind == "diffusers":
         from pipeline.vae import DiffusersEncoder
 
-        encoder = DiffusersEncoder(config)
+        encoder = DiffusersEncoder(config, image=image)
     return Segmented(encoder, config.segment_frames) if config.segment_frames else encoder
 
 

@@ -1,23 +1,23 @@
 """What a window cut out of a long clip's latents is worth: held against encoding the window alone.
 
-In: an encoder and the frames of one clip. Out: for every window of the curriculum that is shorter than the
-clip, how far its cached latents lie from those it would have as a clip of its own: from the start
-(`prefix`) and from the middle (`interior`). Latents are compared scaled, about unit variance over many
-clips: 0 is the same numbers, a root mean square of 1 as far apart as two unrelated clips. The price:
-every window is encoded twice, so one clip takes up to three times what preprocessing it took.
+In: an encoder, the frames of one clip and the lengths of windows (`schemas.windows`). Out: for every window
+that is shorter than the clip, how far its cached latents lie from those it would have as a clip of its own:
+from the start (`prefix`) and from the middle (`interior`). Latents are compared scaled, in standard
+deviations of the clip's own, each channel's mean taken off: 0 is the same numbers, and two unrelated clips
+of that deviation are about 1.4 apart (root mean square). The price: every window is encoded twice, so one
+clip takes up to three times what preprocessing it took.
 
 F pixel frames, T latent frames, C channels, H, W pixels (frames) or latent cells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.video_encode import VideoEncoder
-from schemas.bucket import Geometry
 from schemas.scaling import scale
 
 SECONDS = (3.0, 9.0, 18.0, 30.0, 63.0)
@@ -28,7 +28,7 @@ PLACES = (1, 6, 12)
 
 @dataclass(frozen=True)
 class Drift:
-    """One window length of one clip."""
+    """One window length of one clip; differences are in standard deviations of the clip's latents."""
 
     seconds: float
     num_frames: int
@@ -46,8 +46,11 @@ class Drift:
         return {place: self.interior[place - 1] for place in PLACES if place <= self.latent_frames}
 
 
-def drifts(encoder: VideoEncoder, frames: np.ndarray, *, fps: float, tiled: bool = False) -> Iterator[Drift]:
-    """The windows of SECONDS that are shorter than a clip, uint8 [F, H, W, 3] at `fps`, shortest first.
+def drifts(
+    encoder: VideoEncoder, frames: np.ndarray, *, windows: Mapping[float, int], tiled: bool = False
+) -> Iterator[Drift]:
+    """The `windows` (seconds to frames, counts that the encoder takes) that are shorter than a clip, uint8
+    [F, H, W, 3].
 
     An interior window lies near the middle, where there is room an even number of latent frames from the
     start: encoders that take several at once (CogVideoX: two) group them there as at a start. Where the
@@ -60,10 +63,11 @@ def drifts(encoder: VideoEncoder, frames: np.ndarray, *, fps: float, tiled: bool
         result: np.ndarray = scale(window, encoder.scaling)
         return result
 
+    # A clip all alike has none, and no differences.
+    deviation = float(np.sqrt(scaled(whole).var(axis=(0, 2, 3)).mean())) or 1.0
     piece = geometry.latent_frames(geometry.segment_frames) if geometry.segment_frames else 1
-    for seconds in SECONDS:
-        num_frames = frames_of(seconds, fps=fps, geometry=geometry)
-        if not num_frames or num_frames >= len(frames):
+    for seconds, num_frames in windows.items():
+        if num_frames >= len(frames):
             continue
         prefix = _encoded(encoder, frames[:num_frames], tiled)
         size = len(prefix)
@@ -71,20 +75,15 @@ def drifts(encoder: VideoEncoder, frames: np.ndarray, *, fps: float, tiled: bool
         steps = max(1, room // 2) if geometry.segment_frames or room < 4 else room // 4 * 2
         start = steps * (geometry.segment_frames or geometry.temporal)
         alone = _encoded(encoder, frames[start : start + num_frames], tiled)
-        error = scaled(whole[steps * piece : steps * piece + size]) - scaled(alone)
+        error = (scaled(whole[steps * piece : steps * piece + size]) - scaled(alone)) / deviation
         yield Drift(
             seconds=seconds,
             num_frames=num_frames,
             latent_frames=size,
-            prefix=float(np.abs(scaled(whole[:size]) - scaled(prefix)).max()),
+            prefix=float(np.abs(scaled(whole[:size]) - scaled(prefix)).max()) / deviation,
             first=steps * piece,
             interior=tuple(float(x) for x in np.sqrt(np.mean(error**2, axis=(1, 2, 3)))),
         )
-
-
-def frames_of(seconds: float, *, fps: float, geometry: Geometry) -> int:
-    """The most frames from 0 to `seconds` that the encoder takes, 0 where it takes none: 49 for 3 s at 16."""
-    return next(filter(geometry.takes, range(round(seconds * fps) + 1, 0, -1)), 0)
 
 
 def _encoded(encoder: VideoEncoder, frames: np.ndarray, tiled: bool) -> np.ndarray:

@@ -8,21 +8,24 @@ made with the new settings. So only fields are adopted of which it can be claime
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from schemas.card import Card, hard_differences
+from schemas.card import UNKNOWN, Card, hard_differences
 from schemas.errors import DatasetError, StaleDatasetError
 from schemas.load import open_sealed_json, sealed_json
 from schemas.patience import read_bytes
+from schemas.sample import Family
 from schemas.store import location
 
 _ADOPTABLE = re.compile(
     r"decode_rules|decode\.(backend|device|threads)"
-    r"|(video|text)_encoder\.(name|(weights|table|tokenizer)(_sha256|_name)?|revision)"
+    r"|video_encoder\.(weights|table)_sha256|text_encoder\.(weights|tokenizer)_sha256"
 )
-"""Fields that can change while the numbers stay the same: who decodes, and how weights are named or stored.
-All others decide frames, shape, type or meaning, of which one dataset cannot hold two kinds."""
+"""Fields that can change while the numbers stay the same: who decodes, and the files of a model, which may be
+saved anew; whether they are the same model is tried (`pipeline.adopting`). All others decide frames, shape,
+type or meaning, of which one dataset cannot hold two kinds."""
 Differences = dict[str, tuple[Any, Any]]
 
 
@@ -71,6 +74,17 @@ def unsettled(dataset: str | Path, *, have: Card, want: Card) -> Differences:
         field: values
         for field, values in hard_differences(have, want).items()
         if not is_adopted(dataset, field, values[1])
+    }
+
+
+def unlike_card(dataset: str | Path, card: Card, family: Family, fields: Mapping[str, Any]) -> Differences:
+    """Field -> (card, here) for every hard field of a family that is here neither as in the card, where that
+    tells it, nor as adopted. A field that the card lacks is None there."""
+    return {
+        field: (made_with, value)
+        for field, value in fields.items()
+        if (made_with := card.hard[family].get(field)) not in (value, UNKNOWN)
+        and not is_adopted(dataset, field, value)
     }
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from schemas.config import BucketConfig, FramesConfig, TargetConfig
 from schemas.errors import ConfigError
@@ -86,12 +85,6 @@ class Geometry:
         piece = self.segment_frames or num_frames
         return num_frames // piece * ((piece - self.causal) // self.temporal + self.causal)
 
-    def ends_latent(self, frame: Any) -> Any:
-        """Whether a latent frame ends with pixel frame `frame`, from 0; a number or an array of them."""
-        if self.segment_frames:
-            frame = frame % self.segment_frames
-        return (frame + 1 - self.causal) % self.temporal == 0
-
     def latent_shape(self, bucket: BucketConfig) -> tuple[int, int, int, int]:
         """(T, C, H, W) of one clip's latents."""
         return (
@@ -142,9 +135,11 @@ def check_buckets(
                 expected = f"a multiple of {step} pixels"
                 if geometry.windows:
                     length, apart = geometry.windows[axis + 1]
-                    expected += f", and {apart}n + {length}"
-                near = _one_or_other(below, above)
-                problems.append(f"buckets.{i}.{name} = {value}: expected {expected}; nearest {near}")
+                    expected += f" that is {apart}n + {length}"
+                near = f"nearest {_one_or_other(below, above)}"
+                if below is None and above is None:
+                    near = f"there is none, target.patch_size = {target.patch_size} is too much for this VAE"
+                problems.append(f"buckets.{i}.{name} = {value}: expected {expected}; {near}")
     settled = [
         (rule, bucket.num_frames)
         for rule, bucket in zip(rules, buckets, strict=True)

@@ -73,7 +73,8 @@ class FramesConfig(Settings):
     """`slide`: frames from the start of one clip to the start of the next."""
     short: Literal["interpolate", "nearest", "repeat_last", "drop", "error"] = "interpolate"
     """A clip with fewer pictures than num_frames (`whole`: than the least count of more than one frame):
-    blend in time, show the nearest picture, repeat the last one, quarantine it as `too_short`, or stop the run."""
+    blend in time, show the nearest picture, repeat the last one, quarantine it as `too_short`, or stop the
+    run."""
     max_slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
     """Most frames made of one picture, on average, when filling up (num_frames / pictures); above it
     the clip is quarantined as `too_short`. Unset fills up any clip, and notes it above 2."""
@@ -198,6 +199,8 @@ class VideoEncoderConfig(Settings):
     def _has_a_model(self) -> VideoEncoderConfig:
         if self.kind == "diffusers" and not self.model:
             raise ValueError("kind = 'diffusers' needs model: a hub id or a folder")
+        if self.model and "kind" not in self.model_fields_set:
+            raise ValueError("model without kind would not be used; expected kind = 'diffusers' beside it")
         return self
 
 
@@ -235,14 +238,17 @@ class TextEncoderConfig(Settings):
     @classmethod
     def _length_of_the_family(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("kind") == "t5" and "max_length" not in given:
-            family = FAMILIES.get(given.get("family", "cogvideox"))
-            return {**given, "max_length": family.max_length} if family else given
+            name = given.get("family", "cogvideox")
+            if isinstance(name, str) and name in FAMILIES:
+                return {**given, "max_length": FAMILIES[name].max_length}
         return given
 
     @model_validator(mode="after")
     def _has_a_model(self) -> TextEncoderConfig:
         if self.kind == "t5" and not self.model:
             raise ValueError("kind = 't5' needs model: a hub id or a folder")
+        if self.model and "kind" not in self.model_fields_set:
+            raise ValueError("model without kind would not be used; expected kind = 't5' beside it")
         if self.kind == "t5" and self.padding == "trim" and not FAMILIES[self.family].trims:
             raise ValueError(
                 f"padding = 'trim' would change what {self.family} is given: its T5 runs without a mask and "
@@ -258,15 +264,16 @@ class ExecutorConfig(Settings):
     """`auto`: `local` for one worker, `ray` for more or when an address is given."""
     workers: Positive = 2
     """Ray actors that each make whole units. `local` has one worker, this process, and begins with so many
-    decoder children. The shards do not depend on it."""
+    decoder children, as far as memory allows. The shards do not depend on it."""
     address: str = ""
     """Ray cluster to join; empty starts Ray on this machine."""
     gpus_per_worker: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """GPU share each actor asks Ray for; with 0 it sees none. Unset: a whole one where an encoder runs on
-    GPUs and there are some, else 0."""
+    """GPU share each actor asks Ray for; with 0 it sees none, with less than 1 an encoder takes no more than
+    that share of the GPU's memory. Unset: a whole one where an encoder runs on GPUs and there are some, else
+    0."""
     decoders_per_worker: Positive | None = None
     """Decoder children of each worker. Unset: as many as the measured ratio of decoding to encoding asks for
-    and the machine has cores for."""
+    and the machine has cores for (`local`: and memory)."""
     decode_actors: NonNegative = 0
     """Ray actors that only decode, on any node with a free core, and send frames to the workers, among which
     they are dealt out: at least one each. 0: every worker decodes on its own machine."""
@@ -278,6 +285,10 @@ class ExecutorConfig(Settings):
     def _has_actors(self) -> ExecutorConfig:
         if self.kind == "local" and self.decode_actors:
             raise ValueError("decode_actors are Ray's; kind = 'local' has none: choose 'auto' or 'ray'")
+        if self.decode_actors and self.decoders_per_worker:
+            raise ValueError(
+                "decoders_per_worker is of children, and with decode_actors workers have none; set one"
+            )
         if 0 < self.decode_actors < self.workers:
             raise ValueError(
                 f"decode_actors = {self.decode_actors} is fewer than workers = {self.workers}, which need "
@@ -309,7 +320,7 @@ class LimitsConfig(Settings):
     clip_timeout_s: PositiveFloat = 300.0
     """Wall clock for opening and decoding one clip, and for fetching one file, in seconds."""
     memory_bytes: Positive = 6 * 2**30
-    """Address space of the decoder process, in bytes."""
+    """Address space of a decoder process in bytes, beside the shared memory that its clips lie in."""
     max_damage: Rate = 0.1
     """Share of the wanted pictures that may be undecodable; each is replaced by its nearest
     decodable neighbour and recorded. Above it the clip is quarantined as `damaged`."""
@@ -502,10 +513,10 @@ class StageConfig(Settings):
     steps: Positive
     """Optimizer steps."""
     max_s: PositiveFloat | None = None
-    """Longest window of a sample used, in source seconds; unset uses whole samples."""
+    """Longest window of a sample used, in source seconds (`schemas.windows`); unset uses whole samples."""
     window: Literal["prefix"] = "prefix"
-    """Which part of a longer sample is used: `prefix` is its first latent frames, exact for a
-    causal encoder."""
+    """Which part of a longer sample is used: `prefix` is its first latent frames. `latentpress inspect
+    --drift` says how near these are to encoding the window alone."""
     trainable: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = (".*",)
     """Regexes over parameter names; one that matches nothing is an error."""
     lr: LrConfig

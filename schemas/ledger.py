@@ -20,6 +20,7 @@ _CACHE_KIB = 4096
 _TABLES = """
 CREATE TABLE asked (key BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID;
 CREATE TABLE stored (key BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID;
+CREATE TABLE windows (key BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID;
 CREATE TABLE files (path BLOB PRIMARY KEY, first BLOB) WITHOUT ROWID;
 CREATE TABLE sizes (size INTEGER PRIMARY KEY, unread BLOB);
 CREATE TABLE contents (digest TEXT PRIMARY KEY, path BLOB) WITHOUT ROWID;
@@ -60,7 +61,9 @@ class Ledger:
                 "in TMPDIR (a million rows take 60 to 300 MB)"
             ) from error
 
-    def first_row(self, table: Literal["asked", "stored"], key: Sequence[object], number: int) -> int | None:
+    def first_row(
+        self, table: Literal["asked", "stored", "windows"], key: Sequence[object], number: int
+    ) -> int | None:
         """The row that brought `key` to `table` before; None for the first, which is noted as `number`."""
         digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
         if self._db.execute(f"INSERT OR IGNORE INTO {table} VALUES (?, ?)", (digest, number)).rowcount:

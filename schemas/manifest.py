@@ -29,6 +29,7 @@ VIDEO_KEYS = ("video", "video_path", "path", "media_path", "file_name")
 MAX_CAPTION_CHARS = 65_536
 _SHOWN_CHARS = 80
 _TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
+_LIST_AS_TEXT = re.compile(r"""\s*\[\s*(["']).*["']\s*\]\s*""", re.DOTALL)
 _ANYWHERE = SourcesConfig()
 
 
@@ -85,19 +86,29 @@ def read_manifest(path: Path) -> Iterator[ManifestRow | RowProblem]:
         if isinstance(cells, str):
             yield RowProblem(number, None, "bad_row", cells)
         else:
-            for each in _one_caption_each(cells):
-                yield parse_row(number, each, folder=folder)
+            yield from _parsed(number, cells, folder=folder)
 
 
-def _one_caption_each(cells: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The cells, once for every caption of a list; as they are where that is empty or too long."""
+def _parsed(number: int, cells: dict[str, Any], *, folder: Path) -> Iterator[ManifestRow | RowProblem]:
+    """The row, once for every caption of a list; as it is where that is empty, too long or ambiguous."""
     key = _first(cells, CAPTION_KEYS)
     captions = cells.get(key)
-    if isinstance(captions, list) and 0 < len(captions) <= MAX_CAPTIONS:
-        for caption in captions:
-            yield {**cells, key: caption}
-    else:
-        yield cells
+    if not isinstance(captions, list) or not 0 < len(captions) <= MAX_CAPTIONS or _rival(cells):
+        yield parse_row(number, cells, folder=folder)
+        return
+    places: dict[str, int] = {}
+    for place, caption in enumerate(captions, start=1):
+        row = parse_row(number, {**cells, key: caption}, folder=folder)
+        if isinstance(row, ManifestRow) and (first := places.setdefault(caption, place)) != place:
+            message = f"caption {place} of its list repeats caption {first}; remove one"
+            row = RowProblem(number, row.source, "duplicate", message)
+        yield row
+
+
+def _rival(cells: dict[str, Any]) -> str | None:
+    """The column that holds a caption beside `captions`."""
+    given = [key for key in CAPTION_KEYS if cells.get(key)]
+    return given[0] if "captions" in given[1:] else None
 
 
 def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRow | RowProblem:
@@ -112,6 +123,9 @@ def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRo
         return problem("no_video", f"has no video; expected one of the columns {', '.join(VIDEO_KEYS)}")
     if "\0" in source or not _is_text(source):
         return problem("bad_path", "the video path holds a NUL character or is not Unicode text")
+    if rival := _rival(cells):
+        message = f"has both {rival} and captions; expected one of them: move all into captions, or rename"
+        return problem("bad_caption", f"{message} the column that holds none")
     caption_key = _first(cells, CAPTION_KEYS)
     caption = cells.get(caption_key)
     if isinstance(caption, list) and len(caption) > MAX_CAPTIONS:
@@ -125,6 +139,9 @@ def parse_row(number: int, cells: dict[str, Any], *, folder: Path) -> ManifestRo
     if len(caption) > MAX_CAPTION_CHARS:
         message = f"the caption has {len(caption)} characters; at most {MAX_CAPTION_CHARS} are taken"
         return problem("bad_caption", message)
+    if _LIST_AS_TEXT.fullmatch(caption):
+        message = f"the caption {_shown(caption)} is a list written as text; expected each caption in its own"
+        return problem("bad_caption", f"{message} row, or the manifest as JSON lines, which hold lists")
     try:
         start_s, end_s = (_seconds(cells.get(name), name) for name in ("start_s", "end_s"))
     except ValueError as error:

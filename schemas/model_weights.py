@@ -1,24 +1,22 @@
 """The weight files of a model folder in the layout of diffusers and transformers, and their digest.
 
 Only safetensors are known: other weight files run code when they are read. The trade-off: a file in the hub's
-cache that is called by its sha256 is believed and not hashed again.
+cache that is called by its sha256 is believed and not hashed, others once (`schemas.digest_cache`).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from schemas.digest_cache import SHA256, file_digests
 from schemas.errors import ConfigError
 
 VAE_WEIGHTS = "diffusion_pytorch_model"
 """Name of weight files of diffusers' models, without their ends."""
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def read_model_json(path: Path, *, key: str) -> dict[str, Any]:
@@ -52,23 +50,17 @@ def weight_files(folder: Path, name: str, *, key: str) -> tuple[Path, ...]:
 
 def weights_sha256(files: Sequence[Path]) -> str:
     """Of the one file, as the hub names it, or of the list of theirs."""
-    digests = [_sha256(path) for path in files]
-    if len(digests) == 1:
-        return digests[0]
-    lines = [f"{digest}  {path.name}\n" for digest, path in zip(digests, files, strict=True)]
+    named = {path: _blob_name(path) for path in files}
+    unnamed = [path for path, name in named.items() if name is None]
+    known = named | dict(zip(unnamed, file_digests(unnamed), strict=True))
+    if len(files) == 1:
+        return str(known[files[0]])
+    lines = [f"{known[path]}  {path.name}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def _blob_name(path: Path) -> str | None:
+    """The sha256 that a file of the hub's cache is called by: there, a name is a link to such a blob."""
     target = path.resolve()
-    # The hub's cache links a name to a blob that is called by its sha256.
-    if path.is_symlink() and target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
-        return target.name
-    state = target.stat()
-    return _hashed(target, state.st_size, state.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=256)
-def _hashed(path: Path, size: int, mtime_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    is_blob = path.is_symlink() and target.parent.name == "blobs" and SHA256.fullmatch(target.name)
+    return target.name if is_blob else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import model_validator
 
 from schemas.config import Settings
 
@@ -36,12 +36,6 @@ class Scaling(Settings):
         if self.factor == 0:
             raise ValueError("factor = 0 leaves nothing of the latents")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_shift(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Most rules have none, and fingerprints made before there was one stay."""
-        tree: dict[str, Any] = serialize(self)
-        return {name: value for name, value in tree.items() if name != "shift" or value}
 
 
 ImageLatents = Literal["none", "first_latent", "apart"]

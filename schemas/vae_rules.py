@@ -58,6 +58,8 @@ def vae_scaling(
     scheduler beside the VAE (Cosmos; 1 where there is none). Source: the pipelines of diffusers.
     """
     rule, factor = VAE_RULES[name], float(config.get("scaling_factor") or 1.0)
+    if name == "AutoencoderKL" and config.get("latents_mean") and config.get("latents_std"):
+        rule = "per_channel"  # Playground v2.5; the pipeline of SDXL then applies no shift
     if rule == "factor":
         # CogVideoX keeps a shift in its config that its pipeline does not apply.
         shift = float(config.get("shift_factor") or 0.0) if name == "AutoencoderKL" else 0.0

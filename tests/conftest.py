@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +14,8 @@ import pytest
 # Before torch or transformers are imported, and inherited by every child process a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="latentpress-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # Shared machines are slow at times: how long an example takes says nothing about the code.
 hypothesis.settings.register_profile("latentpress", deadline=None)

@@ -74,6 +74,8 @@ class Catalog:
         """Times of all samples' frames, one sample after the other, in source seconds."""
         self.pts_offsets = np.concatenate([[0], np.cumsum(pts.value_lengths().to_numpy())])
         """[n + 1]: sample i's times are pts_s[pts_offsets[i]:pts_offsets[i + 1]]."""
+        self.fps: np.ndarray = self._column("effective_fps").to_numpy()
+        """[n] frames per second of source time."""
         self._check()
 
     def __len__(self) -> int:
@@ -93,7 +95,8 @@ class Catalog:
         return state.hexdigest()
 
     def _read(self) -> pa.Table:
-        columns = ["sample_id", "caption_digest", "num_frames", "pts_s", "shard", "shape", "dtype"]
+        columns = ["sample_id", "caption_digest", "num_frames", "effective_fps", "pts_s"]
+        columns += ["shard", "shape", "dtype"]
         columns += ["prompt_shard", "prompt_embeds_shape", "prompt_embeds_dtype"]
         for name in (*self.card.latent_tensors, "prompt_embeds"):
             columns += [f"{name}_{field}" for field in _TENSOR_FIELDS]
@@ -151,6 +154,7 @@ class Catalog:
         self._require(np.diff(self.pts_offsets) == num_frames, "one entry of pts_s per frame")
         finite = np.logical_and.reduceat(np.isfinite(self.pts_s), self.pts_offsets[:-1])
         self._require(finite, "finite pts_s")
+        self._require(np.isfinite(self.fps) & (self.fps > 0), "a positive effective_fps")
 
     def _require(self, holds: np.ndarray, expected: str) -> None:
         """DatasetError naming the first row for which a condition does not hold."""

@@ -43,6 +43,7 @@ _KEYS = (
     "plan_digest",
     "transformer",
     "schedule",
+    "inputs",
 )
 """What a meta.json must say; the rest is for people."""
 _TEMPORARY = ".tmp-"

@@ -1,4 +1,4 @@
-"""The curriculum as arithmetic: a step number in; stage, learning rate and clip windows out.
+"""The curriculum as arithmetic: a step number in; stage and learning rate out.
 
 Everything is a pure function of step and config, so a resumed run needs no scheduler state.
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
-from schemas.bucket import Geometry
 from schemas.config import LrConfig, StageConfig
 from schemas.errors import ConfigError
 
@@ -46,18 +43,3 @@ def lr_at(step_in_stage: int, lr: LrConfig, *, steps: int) -> float:
         return lr.peak
     done = (step_in_stage - lr.warmup) / max(1, steps - lr.warmup)
     return lr.peak * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def prefix_frames(pts_s: np.ndarray, offsets: np.ndarray, *, max_s: float, geometry: Geometry) -> np.ndarray:
-    """int64 [n]: latent frames of the window `prefix` for n clips, at least 1 each.
-
-    Clip i's frame times are pts_s[offsets[i]:offsets[i + 1]], in source seconds. A latent frame is in the
-    window if the pixel frame it ends with lies within max_s of the first one, give or take half a frame
-    (49 frames at 16 fps are a 3 s window although their times are rounded).
-    """
-    first, counts = offsets[:-1], np.diff(offsets)
-    spacing = (pts_s[offsets[1:] - 1] - pts_s[first]) / np.maximum(counts - 1, 1)
-    position = np.arange(len(pts_s)) - np.repeat(first, counts)
-    elapsed = pts_s - np.repeat(pts_s[first], counts)
-    inside = (elapsed <= np.repeat(max_s + spacing / 2, counts)) & geometry.ends_latent(position)
-    return np.maximum(np.add.reduceat(inside, first, dtype=np.int64), 1)

@@ -2,6 +2,7 @@
 
     <output>/config.json, diffusion_pytorch_model.safetensors     CogVideoXTransformer3DModel
     <output>/scheduler/scheduler_config.json                      the noise schedule it was trained with
+    <output>/latents.json                                         what it was trained on (`trainer.inputs`)
 
 Runs in one plain process. Weights keep the type they were trained in (float32).
 """
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 
 from schemas.errors import ConfigError, RunError
 from trainer.checkpoint import Saved
+from trainer.inputs import INPUTS_NAME
 from trainer.resume import saved_architecture
 
 
@@ -46,6 +48,9 @@ def export(saved: Saved, output: Path) -> None:
         scheduler.parent.mkdir()
         scheduler.write_text(
             json.dumps(architecture.schedule.scheduler_config(), indent=2) + "\n", encoding="utf-8"
+        )
+        (temporary / INPUTS_NAME).write_text(
+            json.dumps(saved.meta["inputs"], indent=2) + "\n", encoding="utf-8"
         )
         if output.is_dir():
             output.rmdir()

@@ -24,8 +24,9 @@ from schemas.bucket import PATCH
 from schemas.config import StageConfig, TrainConfig
 from schemas.errors import ConfigError
 from schemas.load import digest_of
+from schemas.windows import prefix_frames
 from trainer.catalog import Catalog
-from trainer.curriculum import prefix_frames, stage_at, total_steps
+from trainer.curriculum import stage_at, total_steps
 from trainer.packing import Pack
 from trainer.plan import PLAN_VERSION, PackPlan, Plan, Step, rank_share
 from trainer.reader import SampleReader
@@ -179,9 +180,17 @@ def _plan_stage(catalog: Catalog, stage: StageConfig, config: TrainConfig, patch
     shapes = catalog.shapes
     latent_frames = shapes[:, 0]
     if stage.max_s is not None:
-        latent_frames = prefix_frames(
-            catalog.pts_s, catalog.pts_offsets, max_s=stage.max_s, geometry=catalog.card.geometry
+        geometry = catalog.card.geometry
+        num_frames = prefix_frames(
+            catalog.pts_s,
+            catalog.pts_offsets,
+            fps=catalog.fps,
+            max_s=stage.max_s,
+            frames=catalog.card.settings.frames,
+            geometry=geometry,
         )
+        counts, of_row = np.unique(num_frames, return_inverse=True)
+        latent_frames = np.array([geometry.latent_frames(count) for count in counts.tolist()])[of_row]
     # A clip is filled up to whole patches in time, see fill_patches.
     patches = -(-latent_frames // patch_t)
     video_tokens = patches * (shapes[:, 2] // PATCH) * (shapes[:, 3] // PATCH)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from schemas.adoption import adoption_notes
 from schemas.config import StageConfig, TrainConfig
 from schemas.errors import RunError
 from schemas.load import resolved_toml
@@ -92,6 +93,8 @@ def train(config: TrainConfig, *, world: World) -> None:
                 "text_encoder.padding of the dataset is 'trim': this model will not take prompts padded as "
                 "the stock pipeline pads them"
             )
+        for note in adoption_notes(catalog.dataset):
+            world.say(note)
         if saved:
             digest = loader.plan_digest(saved.meta["stage"])
             world.say("\n".join(resume_notes(config, saved, plan_digest=digest)))

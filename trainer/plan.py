@@ -17,7 +17,7 @@ import numpy as np
 from trainer.order import key_of, keyed_order, permutation
 from trainer.packing import iter_packs
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """Part of every plan digest; raised when the same inputs would give other steps."""
 
 BALANCE_PACKS = 128

@@ -21,6 +21,7 @@ from schemas.errors import ConfigError, RunError, StaleDatasetError
 from schemas.load import config_digest
 from trainer.checkpoint import Saved, all_incomplete, checkpoints_folder, newest
 from trainer.curriculum import total_steps
+from trainer.inputs import inputs_of
 from trainer.loader import Loader
 from trainer.metrics import draw_missing
 from trainer.objective import Schedule
@@ -37,7 +38,7 @@ def run_meta(
         "config": config.model_dump(mode="json"),
         "config_digest": config_digest(config),
         "fingerprint": loader.card.fingerprint,
-        "scaling": loader.card.scaling.model_dump(mode="json"),
+        "inputs": inputs_of(loader.card),
         "plan_digest": loader.plan_digest(stage.name),
         "transformer": architecture.config,
         "schedule": asdict(architecture.schedule),

@@ -10,10 +10,10 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
@@ -21,15 +21,16 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTran
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from schemas.adoption import read_adoptions
 from schemas.bucket import PATCH
 from schemas.card import Card
 from schemas.config import ModelConfig
 from schemas.errors import ConfigError
 from trainer.catalog import Catalog
+from trainer.inputs import check_inputs
 from trainer.objective import Schedule, read_json, read_schedule
 from trainer.order import keyed_generator
 from trainer.parallel import ReadSlice, Slices
-from trainer.vae_match import check_vae
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -53,10 +54,10 @@ class DataShape:
     """Pixel frames per latent frame."""
     prompt: tuple[int, int]
     """S of the longest prompt, and D."""
-    padding: Literal["full", "trim"]
-    """Whether prompts kept their pad rows."""
     card: Card | None = None
-    """Of the dataset; without one nothing is known of its VAE."""
+    """Of the dataset; without one nothing is known of its encoders."""
+    adoptions: Sequence[Mapping[str, Any]] = ()
+    """Records of what was adopted since (`schemas.adoption`)."""
 
 
 def data_shape(catalog: Catalog) -> DataShape:
@@ -67,8 +68,8 @@ def data_shape(catalog: Catalog) -> DataShape:
         latents=(frames, channels, height, width),
         temporal=catalog.card.geometry.temporal,
         prompt=(tokens, embed_width),
-        padding=catalog.card.padding,
         card=catalog.card,
+        adoptions=read_adoptions(catalog.dataset),
     )
 
 
@@ -80,7 +81,7 @@ def architecture(model: ModelConfig, data: DataShape) -> Architecture:
     config = _complete(read_json(folder / "config.json"))
     _check_fits(config, data, folder)
     if data.card is not None:
-        check_vae(data.card, folder, config)
+        check_inputs(data.card, folder, config, adoptions=data.adoptions)
     for scheduler in (folder / "scheduler", folder.parent / "scheduler"):
         if (path := scheduler / "scheduler_config.json").is_file():
             return Architecture(config, read_schedule(path))
@@ -194,11 +195,6 @@ def _check_fits(config: Mapping[str, Any], data: DataShape, folder: Path) -> Non
     ]
     if tokens > (limit := config["max_text_seq_length"]):
         wrong.append(f"max_text_seq_length = {limit}, the dataset's longest prompt has {tokens} tokens")
-    if data.padding == "trim":
-        wrong.append(
-            "the dataset has text_encoder.padding = 'trim', and these weights know prompts with their pad "
-            "rows, which no mask hides; preprocess with text_encoder.padding = 'full'"
-        )
     if wrong:
         raise ConfigError(f"model.init = {str(folder)!r} does not fit the dataset: {'; '.join(wrong)}")
 

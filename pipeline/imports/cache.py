@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from pipeline.imports.files import CacheFile
 
 
+COGVIDEOX, HUNYUANVIDEO = "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo"
+LTX, WAN = "AutoencoderKLLTXVideo", "AutoencoderKLWan"
+"""Classes of diffusers whose latents these trainers cache."""
+
+
 @dataclass(frozen=True)
 class CachedClip:
     """One clip of a cache and the caption it was trained with."""
@@ -68,6 +73,13 @@ class Vae:
     kind: str
     """Its diffusers class."""
     channels: int
+
+    def require(self, *kinds: str, made: str) -> None:
+        """ConfigError where it is of none of these classes; `made` says what they are the classes of."""
+        if self.kind not in kinds:
+            raise ConfigError(
+                f"--vae is an {self.kind}, and {made} with an {' or '.join(kinds)}: give the VAE it is of"
+            )
 
 
 @dataclass(frozen=True)

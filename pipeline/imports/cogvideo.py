@@ -13,13 +13,14 @@ models/cogvideox_t2v/lora_trainer.py.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Literal
 
 from pipeline.imports.cache import CachedClip, CachedLatents, CachedPrompt, Listing, refused, require_folder
-from pipeline.imports.files import CacheFile
+from pipeline.imports.files import CacheFile, read_lines
 from schemas.errors import ConfigError
 
 _RESOLUTION = re.compile(r"(\d+)x(\d+)x(\d+)")
@@ -56,7 +57,7 @@ class CogVideoCache:
             if not (size := _RESOLUTION.fullmatch(folder.name)):
                 raise refused(folder, "is not named by a resolution", "expected frames x height x width")
             counts, pixels = (int(size[1]), int(size[1]) - 1), (int(size[2]), int(size[3]))
-            for stem, caption in captions.items():
+            for stem, caption in captions:
                 path = folder / f"{stem}.safetensors"
                 if path.is_file():
                     used.add(path)
@@ -66,7 +67,7 @@ class CogVideoCache:
                         raise refused(path, what, "let the trainer compute them, or remove the latents")
                     clips.append(CachedClip(path, (prompt,), caption, counts, pixels))
         files = {path for folder in folders for path in folder.glob("*.safetensors")}
-        missing = len(captions) - len({path.stem for path in used})
+        missing = len({stem for stem, _ in captions} - {path.stem for path in used})
         empty = embeddings / f"{_hash('')}.safetensors"
         return Listing(
             clips,
@@ -82,8 +83,8 @@ class CogVideoCache:
             ),
         )
 
-    def _captions(self) -> dict[str, str]:
-        """File stem of a video -> its caption."""
+    def _captions(self) -> list[tuple[str, str]]:
+        """File stem and caption of every video; one that is listed again has that caption too."""
         prompts = _lines(self._prompts, option="--prompts", column="caption_column")
         videos = _lines(self._videos, option="--videos", column="video_column")
         if len(prompts) != len(videos):
@@ -92,12 +93,15 @@ class CogVideoCache:
                 "expected as many: they are paired line by line"
             )
         stems = [Path(video).stem for video in videos]
-        if twice := [stem for stem, count in Counter(stems).items() if count > 1]:
+        places = defaultdict(set)
+        for stem, video in zip(stems, videos, strict=True):
+            places[stem].add(os.path.normpath(video))
+        if twice := [stem for stem, paths in places.items() if len(paths) > 1]:
             raise ConfigError(
                 f"{self._videos}: {len(twice)} file names come twice, such as {twice[0]!r}: the cache holds "
                 "the latents of one of these videos and does not say which; take them out of both lists"
             )
-        return dict(zip(stems, prompts, strict=True))
+        return list(zip(stems, prompts, strict=True))
 
     def latents(self, file: CacheFile) -> CachedLatents:
         file.only("encoded_video")
@@ -117,10 +121,10 @@ def _hash(caption: str) -> str:
 def _lines(path: Path, *, option: str, column: str) -> list[str]:
     """The lines of a list as the trainer reads them: stripped, empty ones left out."""
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} cannot be read: {error}; the cache is paired with its captions by it, so give {option} "
             f"FILE, the trainer's {column}"
         ) from error
-    return [stripped for line in text.splitlines() if (stripped := line.strip())]
+    return [stripped for line in lines if (stripped := line.strip())]

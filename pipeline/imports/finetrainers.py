@@ -15,9 +15,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.imports.cache import (
+    COGVIDEOX,
+    HUNYUANVIDEO,
+    LTX,
+    WAN,
     CachedClip,
     CachedLatents,
     CachedPrompt,
@@ -35,6 +39,8 @@ _EARLIER = re.compile(r"latents-(\d+-\d+)\.pt")
 _SIZES = ("num_frames", "height", "width")
 _EMBEDS = {"prompt_embeds": "prompt_attention_mask", "encoder_hidden_states": "encoder_attention_mask"}
 """Key of the embeddings -> key of their mask, by layout."""
+_MASKED = {COGVIDEOX: False, HUNYUANVIDEO: True, LTX: True}
+"""Whether prompts have a mask; those of Wan had one for a while."""
 
 
 class FinetrainersCache:
@@ -80,19 +86,22 @@ class FinetrainersCache:
 
     def latents(self, file: CacheFile) -> CachedLatents:
         file.only("latents", "latents_mean", "latents_std", *_SIZES)
+        kinds, how = [COGVIDEOX, HUNYUANVIDEO], "without"
+        if "latents_mean" in file.values:
+            kinds, how = [LTX if "num_frames" in file.values else WAN], "with"
+        self._vae.require(*kinds, made=f"latents {how} latents_mean, as in {file.path}, are made")
         values = file.tensor("latents", dims=5)
         if len(values) != 1:
             raise refused(file.path, f"holds a batch of {len(values)}", "expected one clip a file")
         later = _LATER.fullmatch(file.path.name) is not None
-        if not (later and self._vae.kind == "AutoencoderKLCogVideoX"):
+        if not (later and self._vae.kind == COGVIDEOX):
             values = values.transpose(1, 2)
         if ("latents_mean" in file.values) != ("latents_std" in file.values):
             raise refused(file.path, "holds one of latents_mean and latents_std", "expected both or none")
         stated = None
         if "latents_mean" in file.values:
             mean, std = (file.tensor(name, dims=1).float() for name in ("latents_mean", "latents_std"))
-            is_ltx = "num_frames" in file.values
-            stated = (mean.tolist(), (std if is_ltx else 1 / std).tolist())
+            stated = (mean.tolist(), (std if self._vae.kind == LTX else 1 / std).tolist())
         return CachedLatents(values[0], stated)
 
     def prompt(self, files: list[CacheFile]) -> CachedPrompt:
@@ -101,15 +110,11 @@ class FinetrainersCache:
         if key is None:
             raise refused(file.path, f"holds {sorted(file.values)}", f"expected one of {', '.join(_EMBEDS)}")
         file.only(key, _EMBEDS[key])
-        embeds, mask = file.tensor(key, dims=3), file.values.get(_EMBEDS[key])
+        embeds = file.tensor(key, dims=3)
         if len(embeds) != 1:
             raise refused(file.path, f"holds a batch of {len(embeds)}", "expected one prompt a file")
-        if mask is not None:
-            mask = _row_mask(file, mask, embeds.shape[1])
-        return CachedPrompt(embeds[0], mask, (embeds.shape[1],))
-
-
-def _row_mask(file: CacheFile, mask: Any, length: int) -> Any:
-    if list(mask.shape) != [1, length]:
-        raise refused(file.path, f"its mask is {list(mask.shape)}", f"expected [1, {length}]")
-    return mask[0]
+        mask = file.mask(_EMBEDS[key], shape=[1, embeds.shape[1]])
+        if _MASKED.get(self._vae.kind, mask is not None) != (mask is not None):
+            what = f"holds {'a' if mask is not None else 'no'} mask, and --vae is an {self._vae.kind}"
+            raise refused(file.path, what, "give the VAE the latents are of")
+        return CachedPrompt(embeds[0], None if mask is None else mask[0], (embeds.shape[1],))

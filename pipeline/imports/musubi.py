@@ -7,7 +7,7 @@ Wan's are the scaled mean of the posterior, HunyuanVideo's an unscaled sample. W
 of the source. Wan's text is cut to its tokens (`varlen_t5_DTYPE`), HunyuanVideo's is padded (`llm_DTYPE`,
 `llm_mask`). Other architectures store parts of clips or pictures and are refused.
 Source: kohya-ss/musubi-tuner src/musubi_tuner/dataset/cache_io.py, dataset/image_video_dataset.py,
-wan_cache_latents.py, cache_latents.py, hv_train_network.py; Wan-Video/Wan2.1 wan/modules/vae.py.
+wan_cache_latents.py, wan/modules/vae.py, cache_latents.py, hv_train_network.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pipeline.imports.cache import CachedClip, CachedLatents, CachedPrompt, Listing, refused, require_folder
+from pipeline.imports.cache import (
+    HUNYUANVIDEO,
+    WAN,
+    CachedClip,
+    CachedLatents,
+    CachedPrompt,
+    Listing,
+    Vae,
+    refused,
+    require_folder,
+)
 from pipeline.imports.files import CacheFile, dtype_name, read_file
 from schemas.errors import ClipError, ConfigError
 
@@ -29,7 +39,7 @@ _NAME = re.compile(r"(.+?)(?:_(\d{5,})-(\d{3,}))?_(\d{4,})x(\d{4,})_([a-z0-9]+)\
 class MusubiCache:
     """See the module."""
 
-    def __init__(self, source: Path, *, left_out: Sequence[str]) -> None:
+    def __init__(self, source: Path, *, vae: Vae, left_out: Sequence[str]) -> None:
         """`left_out`: as of `read_file`; text files are opened to learn captions."""
         require_folder(source, holds="the cache (cache_directory of the dataset config)")
         self._root, self._left_out = source, left_out
@@ -48,6 +58,9 @@ class MusubiCache:
                 "known meaning"
             )
         wan = self._end == "wan"
+        vae.require(
+            WAN if wan else HUNYUANVIDEO, made=f"{_KNOWN[self._end]} latents of musubi-tuner are made"
+        )
         self.scaled = wan
         self.single: Literal["sample", "mean"] = "mean" if wan else "sample"
         self.padding: Literal["full", "trim"] = "trim" if wan else "full"
@@ -105,9 +118,7 @@ class MusubiCache:
             expected = " and ".join([f"one {name}DTYPE", *masks])
             raise refused(file.path, f"holds {sorted(file.values)}", f"expected {expected}")
         embeds = file.tensor(keys[0], dims=2)
-        mask = file.values[masks[0]] if masks else None
-        if mask is not None and list(mask.shape) != [len(embeds)]:
-            raise refused(file.path, f"its mask is {list(mask.shape)}", f"expected [{len(embeds)}]")
+        mask = file.mask(masks[0], shape=[len(embeds)]) if masks else None
         return CachedPrompt(embeds, mask, (len(embeds),))
 
     def _require_architecture(self, file: CacheFile) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.imports.cache import Cache, Vae
+from pipeline.imports.cache import COGVIDEOX, Cache, Vae
 from pipeline.imports.cogvideo import CogVideoCache
 from pipeline.imports.finetrainers import FinetrainersCache
 from pipeline.imports.musubi import MusubiCache
@@ -51,17 +51,19 @@ class ImportOptions:
 
 
 def open_cache(options: ImportOptions, vae: Vae) -> Cache:
-    """The reader of a format; ConfigError for options that are another's."""
+    """The reader of a format; ConfigError for options that are another's, or a VAE that never made it."""
     if options.format != "cogvideo" and (options.prompts or options.videos):
         raise ConfigError("--prompts and --videos are the lists of --format cogvideo; this one has none")
     source = options.source.absolute()
+    if options.format in ("cogvideo", "ttt-video"):
+        vae.require(COGVIDEOX, made=f"caches of {options.format} are made")
     if options.format == "cogvideo":
         return CogVideoCache(source, prompts=options.prompts, videos=options.videos)
     if options.format == "finetrainers":
         return FinetrainersCache(source, vae=vae)
     if options.format == "ttt-video":
         return TttVideoCache(source)
-    return MusubiCache(source, left_out=options.leave_out)
+    return MusubiCache(source, vae=vae, left_out=options.leave_out)
 
 
 def as_named(model: str) -> str:

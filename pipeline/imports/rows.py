@@ -16,14 +16,19 @@ from pipeline.imports.files import carried
 from pipeline.source import Source, identify
 from schemas.codec import checksum
 from schemas.dataset import Dataset
-from schemas.errors import StaleDatasetError
+from schemas.errors import ManifestError, StaleDatasetError
 from schemas.history import History
 from schemas.manifest import ManifestRow
 
 
 def identified(listing: Listing, known: dict[tuple[str, int, int], str]) -> dict[str, Source]:
+    """What every file of latents and prompts is; ManifestError lists those that cannot be read."""
     paths = {str(path): None for clip in listing.clips for path in (clip.path, *clip.prompt)}
-    return identify(list(paths), mode="content", known=known)
+    try:
+        return identify(list(paths), mode="content", known=known)
+    except ManifestError as error:
+        what = f"{len(error.problems)} of {len(paths)} files of the cache cannot be read"
+        raise ManifestError(what, error.problems) from error
 
 
 def paired_rows(

@@ -86,7 +86,7 @@ def import_cache(options: ImportOptions) -> tuple[dict[str, Any], bool]:
     )
     for note in listing.notes:
         say(f"note: {note}")
-    refuse_foreign_folder(dataset)
+    refuse_foreign_folder(dataset, option="-o ")
 
     with said_plainly(dataset), open_store(dataset.root) as committing:
         card = _settled(dataset, card)
@@ -112,8 +112,9 @@ def import_cache(options: ImportOptions) -> tuple[dict[str, Any], bool]:
                 clips={str(clip.path): clip for clip in listing.clips},
                 prompts=by_caption(listing, clips),
                 text=text,
+                masked=prompts.masked,
             ),
-            read=read,
+            read=functools.partial(read, whole=True),
             fps=options.fps,
             committing=committing,
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.imports.cache import CachedClip, CachedLatents, CachedPrompt, Listing, refused
-from pipeline.imports.files import ALONE, CacheFile
+from pipeline.imports.files import ALONE, CacheFile, read_lines
 from schemas.errors import ConfigError
 
 _KEYS = {"vid_emb", "text_chunk_emb"}
@@ -44,7 +44,11 @@ class TttVideoCache:
             )
         clips = []
         for path in lists:
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                lines = read_lines(path)
+            except (OSError, UnicodeDecodeError) as error:
+                raise refused(path, f"cannot be read: {error}", "expected JSON lines in UTF-8") from error
+            for number, line in enumerate(lines, start=1):
                 if line.strip():
                     clips.append(self._clip(path, number, line, root))
         return Listing(clips)

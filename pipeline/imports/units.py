@@ -48,6 +48,8 @@ class Sources:
     """Files of its embeddings, by caption."""
     text: TextEncoder | None
     """Makes the empty prompt where `prompts` has none."""
+    masked: bool
+    """Whether prompts have masks; where not, every row counts, of the empty one too."""
 
 
 class Importer:
@@ -132,7 +134,10 @@ class Importer:
                 stage="import",
             )
         (encoding,) = self._sources.text.encode([""])
-        return encoding.tensors, {"num_tokens": encoding.num_tokens, "truncated": encoding.truncated}
+        tensors, mask = encoding.tensors, encoding.tensors["prompt_mask"].data
+        if not self._sources.masked:
+            tensors = tensors | {"prompt_mask": Tensor("U8", np.ones_like(mask))}
+        return tensors, {"num_tokens": encoding.num_tokens, "truncated": encoding.truncated}
 
     def _latents(self, row: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         clip = self._sources.clips[row["path"]]

@@ -167,7 +167,11 @@ def test_a_whole_clip_has_a_length_that_the_rule_allows(folder: Path) -> None:
         decoder.submit(named(folder, "fine"))
         clip = decoder.result()
     sound = DecodedAnswer(id=0, shape=[9, 64, 96, 3], bucket=0, record=clip.record, decode_s=0.0)
-    told: dict[str, Any] = {"clip": 0, "buckets": [BucketConfig(num_frames=13, height=64, width=96)]}
+    told: dict[str, Any] = {
+        "clip": 0,
+        "buckets": [BucketConfig(num_frames=13, height=64, width=96)],
+        "limits": LimitsConfig(max_seconds=1.0),
+    }
     check_decoded(sound, **told, lengths=[(5, 9, 13)])
     # 5 and 13 frames are allowed, but the record tells of 9.
     for shape in (
@@ -182,10 +186,39 @@ def test_a_whole_clip_has_a_length_that_the_rule_allows(folder: Path) -> None:
     ):
         with pytest.raises(BadAnswer):
             check_decoded(sound.model_copy(update={"shape": shape}), **told, lengths=[(5, 9, 13)])
+    times = clip.record.pts_s
+    lies: dict[str, list[Any]] = {
+        "pts_s": [times[::-1], [-0.1, *times[1:]], [*times[:-1], 1.1]],
+        "effective_fps": [0.0, -8.0],
+        "source_fps": [0.0],
+        "coverage": [0.0, -0.1, 1.1],
+        "duration_s": [0.0],
+        "frame_weights": [[-0.1, *clip.record.frame_weights[1:]]],
+        "interpolated": [[1, 1], [2, 1], [-1], [9]],
+        "duplicated": [[3, 2]],
+        "repaired": [[9]],
+        "clip": [1],
+        **{name: [0, -4] for name in ("source_width", "source_height", "num_pictures", "num_fed")},
+        "notes": [["note"] * 1000],
+    }
+    for name, values in lies.items():
+        for value in values:
+            lie = replace(clip.record, **{name: value})
+            with pytest.raises(BadAnswer):
+                check_decoded(sound.model_copy(update={"record": lie}), **told, lengths=[(5, 9, 13)])
 
 
 @pytest.mark.parametrize(
-    "lie", [{}, {"num_frames": 7}, {"num_frames": 17}, {"bucket": 1}, {"bucket": -1}, {"num_clips": 2}]
+    "lie",
+    [
+        {},
+        {"num_frames": 7},
+        {"num_frames": 17},
+        {"bucket": 1},
+        {"bucket": -1},
+        {"num_clips": 2},
+        {"notes": ["note"] * 1000},
+    ],
 )
 def test_what_becomes_of_a_row_is_a_claim_too(lie: dict[str, Any]) -> None:
     sound = Placed(INFO, bucket=0, num_frames=9, num_available=11, num_clips=1, notes=[], decoded=None)

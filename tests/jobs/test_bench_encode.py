@@ -47,6 +47,7 @@ def run(config: Path, **options: object) -> dict[str, object]:
         "tiling": False,
         "compile": False,
         "with_run": True,
+        "rows": 2,
         "batches": 2,
         "reps": 1,
         "plot_path": None,
@@ -66,8 +67,8 @@ def test_measures_encoders_and_run(config: Path, capsys: pytest.CaptureFixture[s
     assert first["bucket"] == "5x32x48"
     assert first["frames_per_s"] == pytest.approx(5 * first["clips_per_s"], rel=0.01)
     assert first["peak_bytes"] >= 0
-    assert [each["batch"] for each in report["text"]] == [1, 8, 32]  # type: ignore[attr-defined]
-    assert report["end_to_end"]["clips"] == 3  # type: ignore[index]
+    assert "text" not in report  # the embedded one is not worth measuring
+    assert report["end_to_end"]["clips"] == 2  # type: ignore[index]
     assert 0 < report["end_to_end"]["of_ceiling"] < 2  # type: ignore[index]
     assert plot.stat().st_size > 1000
     shown = capsys.readouterr().out

@@ -70,6 +70,36 @@ def test_help_names_every_command_and_each_has_its_own(run: Any) -> None:
         assert run(command, "--help").code == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "extra"), [("preprocess", "pipeline"), ("train", "train")], ids=["preprocess", "train"]
+)
+def test_a_missing_package_is_one_sentence_that_names_its_extra(
+    run: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "jobs.train", raising=False)
+    for name in [name for name in sys.modules if name.startswith("trainer.")]:
+        monkeypatch.delitem(sys.modules, name)
+    vae = tmp_path / "vae"
+    vae.mkdir()
+    (vae / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
+    (vae / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    (folder / "one.jsonl").write_text('{"video": "a.mp4", "caption": "a"}\n')
+    settings = (
+        f"manifest={folder / 'one.jsonl'}",
+        "video_encoder.kind=diffusers",
+        f"video_encoder.model={vae}",
+    )
+    options = [part for setting in settings for part in ("--set", setting)] if command == "preprocess" else []
+    config = folder / "config.toml" if command == "preprocess" else "configs/train/demo.toml"
+    missing = run(command, config, *options)
+    assert missing.code == 2
+    assert missing.err.splitlines()[-1] == (
+        "latentpress: this needs the package 'diffusers', which is not installed: "
+        f"pip install 'latentpress[{extra}]'"
+    )
+
+
 def test_the_road_from_a_folder_to_verified_latents(run: Any, folder: Path) -> None:
     manifest, config, latents = folder / "manifest.jsonl", folder / "config.toml", folder / "latents"
 
@@ -130,7 +160,7 @@ def test_too_many_failures_are_exit_code_3(run: Any, folder: Path, tmp_path: Pat
     assert run("validate", good).code == 0
     failed = run("preprocess", tmp_path / "config.toml")
     assert failed.code == 3
-    assert "1 of 2 clips kept, 1 quarantined" in failed.out
+    assert "1 of 2 captioned clips kept, 1 quarantined" in failed.out
     assert run("preprocess", tmp_path / "config.toml", "--set", "quarantine.max_rate=0.5").code == 0
 
 

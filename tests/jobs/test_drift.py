@@ -14,6 +14,7 @@ from jobs.cli import app
 from jobs.drift import meaning, run
 from jobs.inspect import inspect_sample
 from jobs.plan import plan
+from jobs.validate import validate
 from jobs.verify import verify
 from pipeline.graph import preprocess
 from pipeline.windows import Drift
@@ -21,13 +22,13 @@ from schemas.adoption import refuse_stale
 from schemas.bucket import video_tokens
 from schemas.card import read_card
 from schemas.codec import as_float32
-from schemas.config import PreprocessConfig
+from schemas.config import LrConfig, PreprocessConfig, StageConfig, TrainConfig
 from schemas.errors import ConfigError, DatasetError, StaleDatasetError
 from schemas.index import read_index, read_tensor
 from schemas.load import load_config
 from tests.videos import make_video
 from trainer.catalog import Catalog
-from trainer.curriculum import prefix_frames
+from trainer.loader import Loader
 
 CONFIG = """
 manifest = "{folder}/manifest.jsonl"
@@ -49,14 +50,15 @@ workers = 1
 [quarantine]
 max_rate = 0.5
 """
-LENGTHS = {"beyond": 41, "full": 41, "long": 33, "short": 9}
+LENGTHS = {"beyond": 41, "full": 41, "long": 33, "short": 9, "slow": 41}
 
 
 def make_dataset(folder: Path, *changes: str) -> Path:
-    """At 4 frames a second of 52, 41, 40, 12 and 8."""
+    """At 4 frames a second of 52, 41, 40, 12 and 8, and of 44 where there are 11 pictures."""
     folder.mkdir()
     for name, num_frames in (("beyond", 104), ("full", 82), ("long", 80), ("short", 24), ("dropped", 16)):
         make_video(folder / f"{name}.mp4", num_frames=num_frames, fps=8)
+    make_video(folder / "slow.mp4", num_frames=11, fps=1)
     rows = [{"video": f"{name}.mp4", "caption": name} for name in (*LENGTHS, "dropped")]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.toml").write_text(CONFIG.format(folder=folder))
@@ -80,9 +82,9 @@ def test_every_clip_has_its_own_length_in_its_bucket(dataset: Path) -> None:
         assert row["bucket"] == "41x32x48"
         assert row["shape"] == [(LENGTHS[name] - 1) // 4 + 1, 16, 4, 6]
         assert len(row["pts_s"]) == len(row["frame_weights"]) == LENGTHS[name]
-        assert row["pts_s"] == [i / 4 for i in range(LENGTHS[name])]
+        assert row["pts_s"] == [i // 4 if name == "slow" else i / 4 for i in range(LENGTHS[name])]
         assert row["num_tokens"] == video_tokens(row["shape"])
-    assert verify(dataset, config=None, overrides=[], samples=4, min_psnr=None, as_json=False) == 0
+    assert verify(dataset, config=None, overrides=[], samples=5, min_psnr=None, as_json=False) == 0
     drawn = inspect_sample(dataset, sample="long", output=dataset.parent / "long.png")
     assert len(drawn["psnr"]["per_frame"]) == 33
 
@@ -92,22 +94,70 @@ def test_a_plan_counts_what_the_clips_are(dataset: Path, capsys: pytest.CaptureF
     args: dict[str, Any] = {"overrides": ["output=" + str(dataset.parent / "new")], "as_json": True}
     assert plan(config, **args) == 0
     report, rows = json.loads(capsys.readouterr().out), rows_of(dataset)
-    assert (report["clips"], report["frames"], report["frames_per_clip"]) == (4, 124, [9, 41])
+    assert (report["clips"], report["frames"]) == (5, 165)
+    assert report["frames_per_clip"] == {"41x32x48": [9, 41]}
     assert report["drops"] == {"too_short": 1}
     assert report["shorter_than_bucket"] == 0
-    assert report["leftover_s"] == pytest.approx((52 - 41 + 40 - 33 + 12 - 9) / 4)
+    assert report["leftover_s"] == pytest.approx((52 - 41 + 40 - 33 + 12 - 9 + 44 - 41) / 4)
     assert report["video_tokens"] == sum(row["num_tokens"] for row in rows.values())
     stored = sum(row["mean_nbytes"] + row["logvar_nbytes"] for row in rows.values())
     assert report["latents_bytes"] == stored
+    assert plan(config, **args | {"as_json": False}) == 0
+    assert "9 to 41 in 41x32x48" in capsys.readouterr().out
 
 
-def test_the_trainer_reads_windows_of_clips_of_any_length(dataset: Path) -> None:
+def test_a_validation_tells_how_long_clips_would_be(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, manifest = dataset.parent / "config.toml", dataset.parent / "manifest.jsonl"
+    args: dict[str, Any] = {"config": config, "overrides": [], "output": None}
+    assert validate(manifest, **args, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["frames_per_clip"] == {"41x32x48": [9, 41]}
+    assert validate(manifest, **args, as_json=False) == 0
+    assert "9 to 41 in 41x32x48" in capsys.readouterr().out
+
+
+def windows_read(dataset: Path, max_s: float) -> dict[str, int]:
+    """Latent frames that a stage of the trainer reads of every sample."""
     catalog = Catalog(dataset)
-    geometry = catalog.card.geometry
-    windows = prefix_frames(catalog.pts_s, catalog.pts_offsets, max_s=6.0, geometry=geometry)
+    config = TrainConfig(
+        dataset=str(dataset),
+        output="unused",
+        stages=(StageConfig(name="s", steps=1, max_s=max_s, lr=LrConfig(peak=1.0)),),
+    )
     rows = {row["sample_id"]: name for name, row in rows_of(dataset).items()}
-    found = {rows[catalog.sample_id(i)]: int(windows[i]) for i in range(len(catalog))}
-    assert found == {"beyond": 7, "full": 7, "long": 7, "short": 3}
+    with Loader(catalog, config=config) as loader:
+        (pack,) = loader.packs(0)
+    return {rows[segment.sample_id]: len(segment.latents) for segment in pack.segments}
+
+
+def windows_measured(dataset: Path, sample: str, *more: str) -> dict[float, int]:
+    """Latent frames of every window that `inspect --drift` measures."""
+    result = CliRunner().invoke(app, ["inspect", str(dataset), sample, "--drift", "--json", *more])
+    assert result.exit_code == 0, result.output
+    return {each["seconds"]: each["latent_frames"] for each in json.loads(result.stdout)["windows"]}
+
+
+@pytest.mark.parametrize("max_s", [3.0, 9.0])
+def test_the_trainer_reads_the_windows_that_are_measured(dataset: Path, max_s: float) -> None:
+    whole = {name: (num_frames - 1) // 4 + 1 for name, num_frames in LENGTHS.items()}
+    read = windows_read(dataset, max_s)
+    assert read == {name: min(of_clip, int(max_s) + 1) for name, of_clip in whole.items()}
+    for name in ("beyond", "slow"):
+        assert windows_measured(dataset, name)[max_s] == read[name] < whole[name]
+
+
+def test_a_source_is_read_again_under_the_limits_of_the_config(dataset: Path, tmp_path: Path) -> None:
+    text = (dataset.parent / "config.toml").read_text()
+    (tmp_path / "config.toml").write_text(text + "[limits]\nmax_frames = 5\n")
+    again = ["-c", str(tmp_path / "config.toml")]
+    result = CliRunner().invoke(app, ["inspect", str(dataset), "beyond", "--drift", *again])
+    assert "limits.max_frames = 5; drift is measured on its frames" in str(result.exception)
+    drawn = CliRunner().invoke(
+        app, ["inspect", str(dataset), "beyond", "-o", str(tmp_path / "a.png"), "--json", *again]
+    )
+    assert "limits.max_frames = 5" in json.loads(drawn.stdout)["notes"][0]
+    assert windows_measured(dataset, "beyond", "-c", str(dataset.parent / "config.toml"))
 
 
 def test_another_target_makes_another_dataset(dataset: Path) -> None:
@@ -144,7 +194,7 @@ def test_a_drift_is_no_picture(dataset: Path) -> None:
 
 
 def test_nothing_to_measure_is_said(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"is 2\.2 s long, no longer than the shortest window of 3 s"):
+    with pytest.raises(DatasetError, match="has 9 frames, and its window of 3 s holds all of them"):
         run(dataset, sample="short", as_json=True)
     moved = dataset.parent / "long.mp4"
     moved.rename(tmp_path / "away.mp4")
@@ -156,7 +206,7 @@ def test_nothing_to_measure_is_said(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_whole_clips_in_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Segments of 9 frames: 36, 36, 36 and 9 of the same rows."""
+    """Segments of 9 frames: of the same rows 36, but 9 of the short one."""
     changes = ("video_encoder.segment_frames=9", "buckets.0.num_frames=36", "target.frame_multiple=1")
     dataset = make_dataset(tmp_path / "clips", *changes)
     rows = rows_of(dataset)
@@ -167,13 +217,14 @@ def test_whole_clips_in_pieces(tmp_path: Path, capsys: pytest.CaptureFixture[str
     first = [as_float32(read_tensor(dataset, rows[name], "mean"))[:3] for name in ("long", "full")]
     np.testing.assert_array_equal(first[0], first[1])
     assert verify(dataset, config=None, overrides=[], samples=4, min_psnr=None, as_json=False) == 0
-    assert len(Catalog(dataset)) == 4
     capsys.readouterr()
     assert run(dataset, sample="beyond", as_json=True) == 0
     report = json.loads(capsys.readouterr().out)
     assert [(each["num_frames"], each["prefix"], max(each["interior"])) for each in report["windows"]] == [
         (9, 0, 0)
     ]
+    # The trainer reads whole pieces, at least one.
+    assert [windows_read(dataset, max_s)["beyond"] for max_s in (1.0, 3.0, 4.0, 4.25)] == [3, 3, 3, 6]
     assert report["meaning"]["segments"].startswith("exact: ")
 
 

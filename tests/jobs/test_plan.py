@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from jobs.plan import plan
+from jobs.plan import pace, plan
 from pipeline.graph import preprocess
-from schemas.config import PreprocessConfig
+from pipeline.text_encode import load_text_encoder
+from pipeline.tiny_t5 import TinyT5
+from schemas.config import ExecutorConfig, PreprocessConfig, TextEncoderConfig
 from schemas.errors import ConfigError, StaleDatasetError
 from schemas.load import load_config
 from tests.videos import make_video
@@ -74,6 +76,22 @@ def test_a_policy_that_shows_the_whole_row_leaves_nothing(
 ) -> None:
     report = planned(folder, capsys, "frames.policy=uniform")
     assert (report["clips"], report["leftover_s"]) == (3, 0)
+
+
+@pytest.mark.parametrize("padding", ["full", "trim"])
+def test_prompts_are_measured_by_their_tokens_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, padding: str
+) -> None:
+    """Four captions, the longest of five bytes and an end token, and the empty one."""
+    settings = TextEncoderConfig.model_validate({"max_length": 5, "padding": padding})
+    encodings = load_text_encoder(settings).encode(["", "long", "short", "tiny", "bad"])
+    monkeypatch.setattr(TinyT5, "_model", None)
+    report = planned(folder, capsys, "text_encoder.max_length=5", f"text_encoder.padding={padding}")
+    stored = [tensor.data.nbytes for encoding in encodings for tensor in encoding.tensors.values()]
+    assert report["prompts_bytes"] == sum(stored)
+    assert (report["captions"], report["captions_cut"]) == (4, 1)
+    plan(folder / "config.toml", overrides=("text_encoder.max_length=5",), as_json=False)
+    assert "1 of 4 cut to 5 tokens" in capsys.readouterr().out
 
 
 def test_the_table_says_it_in_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,3 +237,22 @@ def told_by_both(config: Path, capsys: pytest.CaptureFixture[str], *changes: str
     preprocess(load_config(config, PreprocessConfig, overrides=["executor.kind=local", *changes]))
     assert f"{sentence}\n" in capsys.readouterr().err
     return sentence
+
+
+@pytest.mark.parametrize(
+    ("executor", "seconds"),
+    [
+        ({"kind": "local"}, 3.0),
+        ({"kind": "local", "workers": 4}, 3.0),
+        ({"workers": 4, "address": "head:1"}, 0.75),
+        ({"workers": 2, "address": "head:1", "decoders_per_worker": 1}, 2.0),
+        ({"workers": 4, "decode_actors": 4, "address": "head:1"}, 1.0),
+        ({"workers": 4}, 7 / 4),
+    ],
+)
+def test_decoding_and_encoding_go_on_beside_each_other(
+    monkeypatch: pytest.MonkeyPatch, executor: dict[str, Any], seconds: float
+) -> None:
+    """Four seconds to decode and three to encode, on four cores here."""
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert pace(4.0, 3.0, ExecutorConfig(**executor)) == seconds

@@ -114,6 +114,40 @@ def test_several_clips_of_a_row_are_counted(folder: Path, capsys: pytest.Capture
     assert (code, report["clips"], report["buckets"]) == (0, 3, {"9x32x48": 3})
 
 
+def test_captions_of_one_clip_share_its_seconds_and_are_told_where_they_are_cut(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"video": "a.mp4", "caption": ["one", "two", "three", "x" * 300]},
+        {"video": "turned.mp4"},
+        {"video": "a.mp4", "caption": "later"},
+    ]
+    manifest, config = write(folder / "captions.jsonl", rows), folder / "config.toml"
+    code, report = report_of(capsys, manifest, config=config, decode=True)
+    assert (code, report["good"], report["clips"]) == (0, 6, 6)
+    assert report["duration_s"]["sum"] == pytest.approx(1.5, abs=0.1)
+    assert report["decoded"]["pictures"] == 24 + 12
+    (warning,) = report["warnings"]
+    assert (warning["row"], warning["reason"]) == (1, "caption_cut")
+    assert warning["message"] == "the caption has 301 tokens and will be cut to 226"
+    assert report_of(capsys, manifest)[1]["warnings"] == []
+
+
+def test_nothing_is_fetched_to_count_tokens(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
+    manifest = write(folder / "m.jsonl", [{"video": "a.mp4"}])
+    changes = ("text_encoder.kind=t5", "text_encoder.model=nobody/nothing")
+    config = folder / "config.toml"
+    assert validate(manifest, config=config, overrides=changes, output=None, as_json=False) == 0
+    assert "not checked: which captions are cut" in capsys.readouterr().out
+
+
 def test_decode_looks_at_every_picture(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import batches as batches_module
-from pipeline.batches import Batches
+from pipeline.batches import Batches, Spent
 from pipeline.encoders import Encoders, Starved
 from pipeline.row_order import RowOrder
 from pipeline.video_encode import DctEncoder, Moments
@@ -31,6 +33,7 @@ class Plain(DctEncoder):
         self.batch = batch
         self.begun: list[list[int]] = []
         self.under_way = 0
+        self.threads: set[int] = set()
         self._buffers: dict[tuple[int, int, int], list[np.ndarray]] = {}
 
     def batch_size(self, shape: tuple[int, int, int]) -> int:
@@ -44,6 +47,7 @@ class Plain(DctEncoder):
     def begin(self, frames: np.ndarray, *, tiled: bool = False) -> Callable[[], Moments]:
         assert self.under_way == 0
         self.under_way += 1
+        self.threads.add(threading.get_ident())
         self.begun.append(frames[:, 0, 0, 0, 0].tolist())
 
         def wait() -> Moments:
@@ -70,7 +74,7 @@ def run(encoder: Plain, rows: Sequence[tuple[int, int, int] | None]) -> list[flo
     clips: list[int] = []
     with (
         RowOrder(write) as order,
-        Batches(encoder, encoders, done=done, encoded=lambda _, count: clips.append(count)) as batches,
+        Batches(encoder, encoders, done=done, encoded=lambda spent: clips.append(spent.clips)) as batches,
     ):
         for number, shape in enumerate(rows):
             if shape is None:
@@ -109,11 +113,91 @@ def test_a_rare_shape_does_not_hold_back_more_than_is_allowed(monkeypatch: pytes
     assert encoder.begun.index([0]) == 4  # after 8 clips of the other shape, in 4 batches
 
 
+def test_many_shapes_do_not_wait_for_the_last_row() -> None:
+    encoder = Plain(4)
+    run(encoder, [(1 + i % 8, 4, 4) for i in range(32)])
+    assert encoder.begun == [[number] for number in range(32)], "no batch of four fills before the 25th clip"
+    two = Plain(4)
+    run(two, [(1 + i % 2, 4, 4) for i in range(16)])
+    assert [len(numbers) for numbers in two.begun] == [3, 4, 3, 3, 2, 1]
+
+
+def test_what_batches_that_are_not_full_have_room_for_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AtOnce:
+        """Runs what is submitted before it returns."""
+
+        def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+            future = Future[Any]()
+            future.set_result(function(*args))
+            return future
+
+    class Counting(Plain):
+        room, most = 0, 0
+
+        def buffer(self, num_clips: int, shape: tuple[int, int, int]) -> np.ndarray:
+            buffer = np.zeros((num_clips, *shape, 3), np.uint8)
+            self.room += buffer.nbytes
+            self.most = max(self.most, self.room)
+            return buffer
+
+        def begin(self, frames: np.ndarray, *, tiled: bool = False) -> Callable[[], Moments]:
+            self.room -= frames[0].nbytes * self.batch
+            return super().begin(frames, tiled=tiled)
+
+    monkeypatch.setattr(batches_module, "HELD_BYTES", 3 * 64 * 4 * 4 * 3)
+    encoder = Counting(64)
+    encoders = Encoders(PreprocessConfig(manifest="m", output="o"))
+    encoders._video, encoders.thread = encoder, AtOnce()  # type: ignore[assignment]
+    with Batches[int](encoder, encoders, done=lambda *_: None, encoded=lambda _: None) as batches:
+        for number, (height, width) in enumerate([(2, 8), (4, 4), (8, 2), (1, 16), (16, 1)]):
+            batches.add(number, np.full((1, height, width, 3), number, np.uint8), tiled=False)
+        assert encoder.begun == [[0], [1]]
+        batches.finish()
+    assert (encoder.most, encoder.room) == (batches_module.HELD_BYTES, 0)
+
+
+def test_the_next_batch_is_filled_while_an_encoder_keeps_its_caller_busy() -> None:
+    next_clip_is_there = threading.Event()
+
+    class Blocking(Plain):
+        def begin(self, frames: np.ndarray, *, tiled: bool = False) -> Callable[[], Moments]:
+            assert next_clip_is_there.wait(60), "no clip is taken while one batch is begun"
+            return super().begin(frames, tiled=tiled)
+
+    encoder = Blocking(2)
+    encoders = Encoders(PreprocessConfig(manifest="m", output="o"))
+    encoders._video = encoder
+    spent: list[Spent] = []
+    for _ in range(2):
+        with Batches[int](encoder, encoders, done=lambda *_: None, encoded=spent.append) as batches:
+            for number in range(4):
+                batches.add(number, np.full((1, 4, 4, 3), number, np.uint8), tiled=False)
+                if number == 2:
+                    next_clip_is_there.set()
+            batches.finish()
+    assert encoder.begun == [[0, 1], [2, 3]] * 2
+    assert len(encoder.threads) == 1, "the same for all units"
+    assert [each.clips for each in spent] == [2] * 4
+    assert all(each.busy_s > 0 and each.waited_s >= 0 for each in spent)
+
+
+def test_nothing_is_begun_after_a_batch_that_failed() -> None:
+    class Broken(Plain):
+        def begin(self, frames: np.ndarray, *, tiled: bool = False) -> Callable[[], Moments]:
+            self.begun.append(frames[:, 0, 0, 0, 0].tolist())
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    encoder = Broken(1)
+    with pytest.raises(Starved):
+        run(encoder, [(1, 4, 4)] * 3)
+    assert encoder.begun == [[0]]
+
+
 def test_clips_of_one_shape_are_not_mixed_with_those_in_tiles() -> None:
     encoder = Plain(4)
     encoders = Encoders(PreprocessConfig(manifest="m", output="o"))
     encoders._video = encoder
-    with Batches[int](encoder, encoders, done=lambda *_: None, encoded=lambda *_: None) as batches:
+    with Batches[int](encoder, encoders, done=lambda *_: None, encoded=lambda _: None) as batches:
         for number in range(6):
             batches.add(number, np.full((1, 4, 4, 3), number, np.uint8), tiled=number in (2, 3))
         batches.finish()

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import decoders as module
-from pipeline.child_decoder import DECODE_AHEAD, Row
+from pipeline.child_decoder import DECODE_AHEAD, SLOTS, Row
 from pipeline.decoders import Decoders, DecoderShare
 from pipeline.fetch import Local
 from pipeline.generation import Unit
-from pipeline.sandbox import Clip
+from pipeline.sandbox import Clip, DecodeRequest, DecoderProcess, decode_settings
 from schemas.config import PreprocessConfig
 from schemas.errors import ClipError, RunError
 from schemas.load import check_config
@@ -38,9 +38,9 @@ class Books:
         self.breaks: Callable[[str], Exception | None] = lambda key: None
         """What submitting a row raises."""
 
-    def start(self, settings: dict[str, Any]) -> BookDecoder:
-        self.started.append(BookDecoder(self))
-        return self.started[-1]
+    def start(self, settings: dict[str, Any], count: int) -> list[BookDecoder]:
+        self.started += [BookDecoder(self) for _ in range(count)]
+        return self.started[-count:]
 
     @property
     def alive(self) -> int:
@@ -91,7 +91,7 @@ def books(monkeypatch: pytest.MonkeyPatch) -> Books:
 
 def patched(monkeypatch: pytest.MonkeyPatch) -> Books:
     books = Books()
-    monkeypatch.setattr(Decoders, "_start", lambda self, settings: books.start(settings))
+    monkeypatch.setattr(Decoders, "_start", lambda self, settings, count: books.start(settings, count))
     monkeypatch.setattr(module, "decode_settings", lambda config: {})
     return books
 
@@ -143,7 +143,6 @@ def test_every_row_comes_once_and_in_order_whatever_was_hinted(
             assert books.most_held <= share.window
         decoders.close()
         assert books.alive == 0
-    assert not any(sizes) or seconds["decoders"] > 0
 
 
 def test_the_next_unit_is_begun_when_the_last_row_of_this_one_is_submitted(books: Books) -> None:
@@ -161,6 +160,55 @@ def test_the_next_unit_is_begun_when_the_last_row_of_this_one_is_submitted(books
     assert keys_of(decoders.clips(here, {}, then))
     assert keys_of(decoders.clips(other, {})) == [row["key"] for row in other.rows]
     assert all(decoder.closed for decoder in books.started[:2]), "and thrown away where another unit comes"
+
+
+@pytest.mark.parametrize(("batch", "ahead"), [(1, 2 * DECODE_AHEAD), (6, 8), (100, 2 * SLOTS)])
+def test_a_batch_is_read_ahead_over_the_border_of_units(books: Books, batch: int, ahead: int) -> None:
+    decoders = Decoders(config(), DecoderShare(2, 2))
+    decoders.batch = batch
+    keys_of(decoders.clips(unit(0, 6), {}, unit(1, 40)))
+    assert len(books.asked) == 6 + ahead
+
+
+def test_the_time_of_decoders_is_theirs_without_what_was_loading(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    decoders, seconds = Decoders(config(), DecoderShare(3, 3)), dict[str, float]()
+    decoders.begin(unit(0, 4))
+    with decoders.uncounted():
+        now += 50.0  # weights
+    result = BookDecoder.result
+
+    def slow(self: BookDecoder) -> Clip:
+        nonlocal now
+        now += 2.0
+        return result(self)
+
+    monkeypatch.setattr(BookDecoder, "result", slow)
+    keys_of(decoders.clips(unit(0, 4), seconds))
+    now += 1.0  # commit
+    assert seconds == {"load": 2.0}, "the first clip comes when decoders have started"
+    assert decoders.counted() == 3 * (3 * 2.0 + 1.0)
+    assert decoders.counted() == 0.0
+    now += 1.0
+    decoders.close()
+    now += 10.0
+    assert decoders.counted() == 3.0
+
+
+def test_slots_that_are_not_needed_are_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    make_video(path, num_frames=12)
+    with DecoderProcess(**decode_settings(config()), slots=4) as decoder:
+        places = set()
+        for _ in range(4):
+            decoder.submit(DecodeRequest(str(path)))
+            clip = decoder.result()
+            places.add(clip.frames.ctypes.data)
+            clip.release()
+    assert len(places) == 1
 
 
 def test_a_unit_that_is_begun_is_decoded_while_the_caller_does_something_else(books: Books) -> None:

@@ -121,7 +121,7 @@ class Run:
         assert Counter(result.unit for result in results) == Counter(unit.number for unit in work)
         return {result.unit: result for result in results}
 
-    def _note(self, kind: str, sentence: str) -> None:
+    def _note(self, kind: str, sentence: str, family: str | None) -> None:
         assert sentence
         self.notes[kind] += 1
 
@@ -220,9 +220,19 @@ def test_a_unit_that_dies_although_no_row_does_stops_the_run() -> None:
 
 
 def test_a_caption_that_kills_its_worker_stops_the_run_and_is_named() -> None:
-    unit = Unit("prompts", 0, ({"key": "0.0", "caption": "harmless"}, {"key": "0.1", "caption": "deadly"}))
-    with pytest.raises(RunError, match=r"'deadly' of prompts unit 0.*Remove or change that caption"):
+    unit = Unit("prompts", 1, ({"key": "0.0", "caption": "harmless"}, {"key": "0.1", "caption": "deadly"}))
+    with pytest.raises(RunError, match=r"'deadly' of prompts unit 1.*Remove or change that caption"):
         Run(FakeCrew(dies_over("0.1")))([unit])
+
+
+@pytest.mark.parametrize(("first", "named"), [(0, "the empty caption"), (1, "the first of this run")])
+def test_a_text_encoder_that_dies_over_everything_is_not_blamed_on_a_caption(first: int, named: str) -> None:
+    work = [Unit("prompts", n, ({"key": f"{n}", "caption": "x" * n},)) for n in range(first, 4)]
+    with pytest.raises(
+        RunError, match=rf"{named}: .*the text encoder itself dies.*lower executor\.workers"
+    ) as told:
+        Run(FakeCrew(lambda worker, task: Death()))(work)
+    assert "Remove" not in str(told.value)
 
 
 def test_an_answer_lost_after_the_commit_costs_nothing() -> None:

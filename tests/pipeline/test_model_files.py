@@ -10,8 +10,10 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from pipeline.model_files import ModelFiles, find_model
+from pipeline.model_files import ModelFiles, commit_of, find_model
 from pipeline.video_encode import load_video_encoder
 from schemas.config import VideoEncoderConfig
 from schemas.errors import ConfigError
@@ -127,7 +129,7 @@ def encoder(folder: Path) -> None:
     [
         ({"_class_name": "AutoencoderKLLTX2Audio"}, "is a AutoencoderKLLTX2Audio: expected one of Auto"),
         ({"_class_name": "CogVideoXTransformer3DModel"}, "is a CogVideoXTransformer3DModel: expected one of"),
-        ({"model_type": "t5"}, r"its config\.json names no class"),
+        ({"model_type": "t5"}, "expected a VAE in the layout of diffusers"),
         ({"_class_name": "AutoencoderKLWan", "dim_mult": 3}, "does not describe a AutoencoderKLWan"),
     ],
 )
@@ -150,3 +152,41 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "base_dim": 8}))
     with pytest.raises(ConfigError, match="cannot be loaded"):
         encoder(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "a_buffer_of_another_version": torch.zeros(1)}, path)
+    encoder(folder)  # is no part of what encodes or decodes
+    save_file({**weights, "encoder.another.weight": torch.zeros(1)}, path)
+    with pytest.raises(ConfigError, match=r"1 are not in it, such as encoder\.another\.weight"):
+        encoder(folder)
+
+
+def test_what_the_cache_lacks_of_the_pipeline_is_asked_for(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = fill(cache, digest="a" * 64) / "snapshots" / ("c" * 40)
+    asked: list[Any] = []
+    download = huggingface_hub.snapshot_download
+
+    def watched(*arguments: Any, **named: Any) -> str:
+        asked.append(named.get("allow_patterns"))
+        return str(download(*arguments, **named))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", watched)
+
+    def needs(folder: Path) -> bool:
+        return (folder.parent / "tokenizer.json").is_file()
+
+    find("owner/name", beside=("tokenizer.json",), has_all=needs)
+    assert "tokenizer.json" in asked[-1]
+    asked.clear()
+    (snapshot / "tokenizer.json").write_text("{}")
+    find("owner/name", beside=("tokenizer.json",), has_all=needs)
+    assert asked == ["vae/config.json"]
+
+
+def test_a_hub_id_stands_for_the_commit_that_is_here(cache: Path, tmp_path: Path) -> None:
+    fill(cache, digest="a" * 64)
+    assert commit_of("owner/name", "") == commit_of("owner/name", "main") == "c" * 40
+    assert commit_of(str(tmp_path), "") == ""

@@ -17,7 +17,7 @@ from pipeline import foreman, ray_crew
 from pipeline.graph import preprocess
 from pipeline.tiling import buckets_to_tile
 from pipeline.unit import UnitWorker
-from schemas.card import read_card
+from schemas.card import Card, read_card
 from schemas.check import check_dataset
 from schemas.config import PreprocessConfig
 from schemas.dataset import Dataset
@@ -38,7 +38,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("videos")
     names = [f"{i:02d}.mp4" for i in range(14)]
     for i, name in enumerate(names):
-        make_video(folder / name, num_frames=9 + i, size=(32, 48) if i in (2, 5, 12) else (48, 32))
+        make_video(folder / name, num_frames=9 + i, size=(32, 48) if i in (8, 9, 12) else (48, 32))
     return manifest_of(folder, names)
 
 
@@ -60,7 +60,7 @@ def config_for(manifest: Path, output: Path, **video: Any) -> PreprocessConfig:
 def stand_in(patch: pytest.MonkeyPatch, video: HungryVideo | None = None, text: Any = None) -> None:
     for module in ("graph", "encoders"):
         if video is not None:
-            patch.setattr(f"pipeline.{module}.load_video_encoder", lambda config: video)
+            patch.setattr(f"pipeline.{module}.load_video_encoder", lambda config, **_: video)
         if text is not None:
             patch.setattr(f"pipeline.{module}.load_text_encoder", lambda config: text)
 
@@ -201,7 +201,8 @@ def test_one_clip_that_no_longer_fits_is_retried_and_then_stops_the_run_with_wha
     assert "executor.workers, limits.memory_bytes" not in sentence  # the advice of other failures
     tried = [clips for clips, _, _ in encoder.begun[1:]]
     assert tried == [2, *[1] * (foreman.RETRIES + 1)]
-    assert [fact["incident"] for fact in incidents(tmp_path / "out")] == ["retried"] * foreman.RETRIES
+    told = [fact["incident"] for fact in incidents(tmp_path / "out")]
+    assert told == ["batch_halved", *["retried"] * foreman.RETRIES]
 
     stand_in(monkeypatch, HungryVideo(100 * CLIP))
     summary, _ = preprocess(config)
@@ -306,16 +307,16 @@ def test_on_ray_the_trial_is_made_by_a_worker_and_its_incidents_reach_the_driver
     def starve() -> None:
         assert os.getpid() != driver
         encoders = importlib.import_module("pipeline.encoders")
-        setattr(encoders, "load_video_encoder", lambda config: HungryVideo(0.5 * CLIP))  # noqa: B010
+        setattr(encoders, "load_video_encoder", lambda config, **_: HungryVideo(0.5 * CLIP))  # noqa: B010
 
     class Starving(UnitWorker):
         def __init__(self, *arguments: Any) -> None:
             starve()
             super().__init__(*arguments)
 
-    def trial(config: PreprocessConfig) -> list[str]:
+    def trial(config: PreprocessConfig, want: Card) -> list[str]:
         starve()
-        return buckets_to_tile(config)
+        return buckets_to_tile(config, want)
 
     stand_in(monkeypatch, HungryVideo(0.0))
     monkeypatch.setattr(ray_crew, "UnitWorker", Starving)

@@ -17,8 +17,9 @@ from pipeline.executor import in_worker, uses_ray
 from pipeline.generation import Unit
 from pipeline.ray_cluster import RayCluster, decoder_shares, gpus_per_worker, store_window
 from pipeline.sandbox import Clip
+from pipeline.starved import ProcessDied
 from schemas.config import PreprocessConfig
-from schemas.errors import ClipError, ConfigError, RunError
+from schemas.errors import ClipError, ConfigError
 from schemas.load import check_config
 from tests.videos import make_video
 
@@ -85,9 +86,9 @@ def test_decode_actors_are_dealt_out_and_their_frames_fill_a_third_of_the_store_
     config = config_with(executor={"workers": 3, "decode_actors": 7})
     shares = decoder_shares(config, nodes, gpus=0)
     assert [(share.at_least, share.at_most, share.window) for share in shares] == [
-        (3, 3, 9),
-        (2, 2, 6),
-        (2, 2, 6),
+        (3, 3, 10),
+        (2, 2, 10),
+        (2, 2, 10),
     ]
     assert sum(share.window for share in shares) <= store_window(config, nodes) == 30
     nodes[0][STORE] = 12 * CLIP_BYTES
@@ -100,6 +101,8 @@ def test_decode_actors_are_dealt_out_and_their_frames_fill_a_third_of_the_store_
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="decode_actors = 2 is fewer than workers = 3"):
         config_with(executor={"workers": 3, "decode_actors": 2})
+    with pytest.raises(ConfigError, match="with decode_actors workers have none; set one of them"):
+        config_with(executor={"workers": 1, "decode_actors": 2, "decoders_per_worker": 2})
     with pytest.raises(ConfigError, match="'local' has none"):
         config_with(executor={"kind": "local", "workers": 1, "decode_actors": 2})
 
@@ -149,6 +152,10 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Sleeper:
+    pass
+
+
 def clips_of(decoders: Decoders, unit: Unit) -> list[tuple[np.ndarray, int, ClipRecord] | ClipError]:
     found: list[tuple[np.ndarray, int, ClipRecord] | ClipError] = []
     for _, clip in decoders.clips(unit, {}):
@@ -192,8 +199,12 @@ def test_frames_of_decode_actors_are_those_of_children_and_a_dead_actor_costs_at
     local = clips_of(here, unit)
     here.close()
     monkeypatch.setattr(remote_decoders, "DecodeActor", Mortal)
-    there = Decoders(config, DecoderShare(2, 2, window=3))
+    notes: list[tuple[str, str]] = []
+    share = DecoderShare(2, 2, window=3)
+    there = Decoders(config, share, note=lambda *note: notes.append(note))
     remote = clips_of(there, unit)
+    assert [kind for kind, _ in notes] == ["decode_actor_died"] * 3
+    assert all("decode actor died over " in sentence for _, sentence in notes)
     assert there.protections
     there.close()
 
@@ -210,6 +221,32 @@ def test_frames_of_decode_actors_are_those_of_children_and_a_dead_actor_costs_at
             assert not isinstance(other, ClipError)
             assert np.array_equal(mine[0], other[0])
             assert mine[1:] == other[1:]
+
+
+@pytest.mark.ray
+def test_who_waits_for_a_place_says_so_and_the_driver_hears_it(
+    ray: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import ray_join, remote_decoders
+
+    monkeypatch.setattr(remote_decoders, "_SAY_EVERY_S", 0.1)
+    hog = ray.remote(num_cpus=4)(Sleeper).remote()
+    ray.get(hog.__ray_ready__.remote(), timeout=60)
+    said: list[str] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        ray.kill(hog)
+
+    decoder = remote_decoders.RemoteDecoder({}, config_with(), note=lambda *_: None, tell=tell)
+    decoder._await(decoder.placed, 60.0)
+    decoder.close()
+    assert said
+    assert "for Ray to find a free core for a decode actor" in said[0]
+
+    ray.get([ray.remote(num_cpus=1)(ray_join.tell).remote(f"sentence {number}") for number in range(2)])
+    assert sorted(ray_join.told()) == ["sentence 0", "sentence 1"]
+    assert ray_join.told() == []
 
 
 @pytest.mark.ray
@@ -242,7 +279,7 @@ def test_workers_see_exactly_their_gpu(ray: Any) -> None:
     assert in_worker(gpu, devices) in ("0", "1")
     with pytest.raises(ConfigError, match="of the function itself"):
         in_worker(gpu, fail)
-    with pytest.raises(RunError, match=r"a process that Ray was to run failed.*run the same command again"):
+    with pytest.raises(ProcessDied, match="a process that Ray ran died"):
         in_worker(gpu, die)
 
     with pytest.raises(ConfigError, match=r"3 workers of 1 CPU and 1 GPU each do not fit .*gpus_per_worker"):

@@ -254,6 +254,18 @@ def test_the_clock_runs_per_clip_and_only_while_it_is_decoded(
     assert take(faulty) == list(range(0, 18, 2))
 
 
+def test_the_memory_that_clips_lie_in_is_beside_the_limit(clip_path: Path) -> None:
+    """Two slots of 1.5 GB, mapped and next to unused, under a limit of 2 GiB."""
+    large = {
+        "frames": FramesConfig(policy="fps", target_fps=24.0, clips="whole"),
+        "buckets": [BucketConfig(num_frames=80_001, height=64, width=96)],
+        "lengths": [(9, 80_001)],
+    }
+    with decoder(**large) as process:
+        process.submit(DecodeRequest(str(clip_path)))
+        assert take(process) == list(range(9))
+
+
 def test_a_memory_bomb_costs_one_clip(faulty: DecoderProcess, clip_path: Path) -> None:
     faulty.submit(named(clip_path, "bloat"))
     faulty.submit(named(clip_path, "fine"))

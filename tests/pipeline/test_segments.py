@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,26 @@ def test_a_batch_is_never_more_pieces_than_clips() -> None:
     assert moments["mean"].shape == (3, 12, 16, 2, 2)
     # What belongs to a first frame is that of the clip.
     assert torch.equal(moments["image_mean"], moments["mean"][:, :1] + 1)
+
+
+def test_the_next_pieces_are_begun_before_the_wait_for_the_last() -> None:
+    diary: list[str] = []
+
+    class Watched(DctEncoder):
+        def begin(self, frames: np.ndarray, *, tiled: bool = False) -> Callable[[], Moments]:
+            diary.append("begin")
+            moments = self.encode(frames)
+
+            def wait() -> Moments:
+                diary.append("wait")
+                return moments
+
+            return wait
+
+    encoder = Segmented(Watched(VideoEncoderConfig()), PIECE)
+    clips = noise(3 * PIECE, 16, 16)[None]
+    assert torch.equal(encoder.encode(clips)["mean"], segmented().encode(clips)["mean"])
+    assert diary == ["begin", "begin", "wait", "begin", "wait", "wait"]
 
 
 def test_the_pieces_are_part_of_what_a_dataset_is() -> None:

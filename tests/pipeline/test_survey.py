@@ -80,15 +80,27 @@ def test_neighbours_of_one_file_meet_in_one_child_but_a_long_file_fills_all(
     fake: type[FakeDecoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    rows = [ManifestRow(i, "", f"/{i // 4}", "x") for i in range(400)]
+    rows = [ManifestRow(i, "", f"/{i // 4}", "x", start_s=i % 4) for i in range(400)]
     assert len(list(survey(rows, CONFIG))) == 400
     for decoder in fake.made:
         paths = [request.path for request in decoder.placed]
         changes = sum(a != b for a, b in pairwise(paths))
         assert len(paths) == 4 * (changes + 1)
     assert len(fake.made) == 2
-    runs = list(module._runs(ManifestRow(i, "", "/one", "x") for i in range(100)))
+    runs = list(module._runs(ManifestRow(i, "", "/one", "x", start_s=i) for i in range(100)))
     assert max(len(run) for run in runs) < 100 // 4
+
+
+def test_captions_of_a_window_share_one_look(fake: type[FakeDecoder]) -> None:
+    starts = [None] * 64 + [0.5] * 40 + [1.0]
+    rows = [ManifestRow(1, "", "/one", f"{i}", start_s=start) for i, start in enumerate(starts)]
+    found = list(survey(rows, CONFIG, full=True))
+    assert [row for row, _ in found] == rows
+    assert all(isinstance(answer, Placed) for _, answer in found)
+    placed = [request.start_s for decoder in fake.made for request in decoder.placed]
+    assert sorted(placed, key=str) == [0.5, 1.0, None]
+    endless = (ManifestRow(1, "", "/one", f"{i}") for i in range(1000))
+    assert max(len(run) for run in module._runs(endless)) <= 64
 
 
 def test_the_reader_is_only_a_few_rows_ahead(fake: type[FakeDecoder]) -> None:

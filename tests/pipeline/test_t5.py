@@ -15,6 +15,7 @@ import torch
 import transformers
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
+from jobs.preprocess import report
 from pipeline.graph import preprocess
 from pipeline.prompt_cleaning import cleaning
 from pipeline.text_encode import load_text_encoder
@@ -36,6 +37,7 @@ CAPTIONS = [
     "Red cups on a table. " * 12,
     "L\u00f6we",
 ]
+FIND_SPEC = "pipeline.prompt_cleaning.importlib.util.find_spec"
 LENGTH = 48
 WIDTH = 32
 _TINY = {
@@ -252,6 +254,34 @@ def test_hard_fields_tell_models_tokenizers_and_conventions_apart_without_weight
     assert differing() == {"tokenizer_sha256", "weights_sha256", "config"}
 
 
+def test_its_own_tokenizer_comes_before_one_beside_it(tmp_path: Path, spiece: Path) -> None:
+    model = save_pipeline(tmp_path, spiece)
+    (want,) = load_text_encoder(config(model)).encode(["A cat."])
+    (tmp_path / "tokenizer").rename(tmp_path / "own")
+    for path in (tmp_path / "own").iterdir():
+        path.rename(tmp_path / "text_encoder" / path.name)
+    (tmp_path / "own").rmdir()
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for given in (model, model / "text_encoder"):
+        (found,) = load_text_encoder(config(given)).encode(["A cat."])
+        assert embeds(found).tobytes() == embeds(want).tobytes()
+
+
+@pytest.mark.parametrize("padding", ["full", "trim"])
+def test_tokens_and_bytes_are_known_without_weights(
+    model: Path, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"family": "wan", "padding": padding, "dtype": "bfloat16"}
+    encodings = load_text_encoder(config(model, **settings)).encode(CAPTIONS)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", None)
+    unloaded = load_text_encoder(config(model, **settings))
+    unloaded.check()
+    assert unloaded.count_tokens(CAPTIONS) == [encoding.num_tokens for encoding in encodings]
+    for encoding in encodings:
+        rows = min(encoding.num_tokens, LENGTH) if padding == "trim" else LENGTH
+        assert rows * unloaded.row_bytes() == sum(each.data.nbytes for each in encoding.tensors.values())
+
+
 def test_what_is_missing_is_said_in_one_sentence(tmp_path: Path, spiece: Path) -> None:
     def said(model: Path | str, **settings: Any) -> str:
         with pytest.raises(ConfigError) as refused:
@@ -263,6 +293,10 @@ def test_what_is_missing_is_said_in_one_sentence(tmp_path: Path, spiece: Path) -
     assert "text_encoder.model" in said(tmp_path / "nowhere")
     assert "no config.json" in said(tmp_path / "empty")
     model = save_pipeline(tmp_path / "t5", spiece)
+    settings = (model / "tokenizer" / "tokenizer_config.json").read_bytes()
+    (model / "tokenizer" / "tokenizer_config.json").unlink()
+    assert "holds a vocabulary, but none of tokenizer_config.json" in said(model)
+    (model / "tokenizer" / "tokenizer_config.json").write_bytes(settings)
     (model / "tokenizer" / "spiece.model").unlink()
     assert "found no tokenizer" in said(model)
     (model / "tokenizer" / "spiece.model").write_bytes(b"torn")
@@ -297,9 +331,11 @@ def test_a_hub_that_is_out_of_reach_is_said_in_one_sentence(monkeypatch: pytest.
     assert "\n" not in str(refused.value)
 
 
-def test_a_dataset_holds_every_caption_of_a_clip_and_the_empty_prompt(tmp_path: Path, model: Path) -> None:
+def test_a_dataset_holds_every_caption_of_a_clip_and_the_empty_prompt(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_video(tmp_path / "a.mp4", num_frames=9, size=(48, 32))
-    cells = {"video": "a.mp4", "captions": [CAPTIONS[0], CAPTIONS[2], CAPTIONS[4]]}
+    cells = {"video": "a.mp4", "captions": [CAPTIONS[0], *CAPTIONS[2:]]}
     (tmp_path / "m.jsonl").write_text(json.dumps(cells) + "\n")
     root = tmp_path / "latents"
     tree = {
@@ -309,7 +345,23 @@ def test_a_dataset_holds_every_caption_of_a_clip_and_the_empty_prompt(tmp_path: 
         "text_encoder": config(model, family="wan", padding="trim").model_dump(),
         "executor": {"kind": "local"},
     }
-    preprocess(check_config(tree, PreprocessConfig, where="test"))
+    settings = check_config(tree, PreprocessConfig, where="test")
+    with pytest.MonkeyPatch.context() as patch:
+        cleaning.cache_clear()
+        patch.setattr(FIND_SPEC, lambda name: None)
+        with pytest.raises(MissingExtraError, match="ftfy"):
+            preprocess(settings)
+    assert not root.exists()
+    summary, ran = preprocess(settings)
+    assert "only for trials, since no published model reads what it makes: video_encoder.kind = 'dct'\n" in (
+        capsys.readouterr().err
+    )
+    long = sum(n > LENGTH for n in load_text_encoder(settings.text_encoder).count_tokens(cells["captions"]))
+    assert summary["last_run"]["prompts"]["captions_cut"] == long > 1
+    report(settings, summary, ran=ran, over=False)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "4 of 4 captioned clips kept, 0 quarantined 1 clip encoded in" in told
+    assert f"note: {long} captions were cut to {LENGTH} tokens" in told
     assert check_dataset(root).clean
     index = read_index(root).to_pylist()
     assert {row["caption"] for row in index} == set(cells["captions"])
@@ -325,10 +377,9 @@ def test_a_dataset_holds_every_caption_of_a_clip_and_the_empty_prompt(tmp_path: 
 
 
 def test_cleaning_asks_for_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = "pipeline.prompt_cleaning.importlib.util.find_spec"
     cleaning.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(find_spec, lambda name: None)
+        patch.setattr(FIND_SPEC, lambda name: None)
         for family in ("wan", "allegro"):
             with pytest.raises(MissingExtraError, match="ftfy"):
                 cleaning(family)
@@ -345,6 +396,18 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path: Path, spiece: Path) 
     save_safetensors(weights, path)
     with pytest.raises(RunError, match="not finite"):
         load_text_encoder(config(model)).encode(["A cat."])
+
+
+def test_embeddings_that_the_stored_type_cannot_hold_stop_the_run(tmp_path: Path, spiece: Path) -> None:
+    model = save_pipeline(tmp_path, spiece)
+    path = model / "text_encoder" / "model.safetensors"
+    weights = safetensors_of(path)
+    weights["encoder.final_layer_norm.weight"].fill_(1e6)
+    save_safetensors(weights, path)
+    with pytest.raises(RunError, match=r"more than text_encoder\.dtype = 'float16' holds"):
+        load_text_encoder(config(model, dtype="float16")).encode(["A cat."])
+    (encoding,) = load_text_encoder(config(model, dtype="bfloat16")).encode(["A cat."])
+    assert np.isfinite(embeds(encoding)).all()
 
 
 def test_it_says_nothing_and_uses_what_batch_it_is_told(

@@ -12,11 +12,14 @@ import pytest
 from jobs.inspect import inspect_sample
 from jobs.plan import plan
 from jobs.verify import verify
+from pipeline.encoders import Encoders
 from pipeline.fidelity import Fidelity, choose_samples, compare
 from pipeline.graph import preprocess
+from pipeline.starved import ProcessDied
 from schemas.card import read_card
 from schemas.codec import as_float32
-from schemas.config import LimitsConfig, PreprocessConfig, SourcesConfig
+from schemas.config import ExecutorConfig, LimitsConfig, PreprocessConfig, SourcesConfig
+from schemas.errors import RunError
 from schemas.index import read_index, read_tensor
 from schemas.load import load_config
 from tests.pipeline.hungry import manifest_of
@@ -103,6 +106,27 @@ def test_what_is_encoded_again_is_encoded_in_the_cards_tiles(
         assert found.difference < 1e-5
     inspect_sample(tiled, output=tmp_path / "sheet.png")
     assert asked == [True] * 4
+
+
+def test_a_trial_that_the_kernel_ends_says_what_to_set(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise ProcessDied("a process that Ray ran died (it is gone)")
+
+    monkeypatch.setattr("pipeline.tiling.in_worker", killed)
+    with pytest.raises(RunError, match=r"the kernel may have .* Set video_encoder\.tiling = 'on'"):
+        run(config, tmp_path / "out")
+
+
+def test_a_worker_keeps_to_its_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", asked.append)
+    for share in (0.25, 1, 0, None):
+        executor = ExecutorConfig(gpus_per_worker=share)
+        Encoders(PreprocessConfig(manifest="m", output="o", executor=executor)).video({})
+    assert asked == [0.25]
 
 
 def test_plan_and_verify_take_the_cards_tiling_and_try_nothing(

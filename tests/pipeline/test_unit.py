@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipeline.generation import Unit, add_generation, pending_units
 from pipeline.graph import wanted_card
 from pipeline.shard_writer import ShardWriter
 from pipeline.source import identify
+from pipeline.starved import EncoderStarved
 from pipeline.unit import UnitWorker
 from pipeline.video_encode import DctEncoder, Moments
 from schemas.card import Card, card_bytes, card_path
@@ -133,7 +135,7 @@ def test_decoding_encoding_and_writing_go_on_beside_each_other(
         order.append("written")
         add(self, *args, **kwargs)
 
-    monkeypatch.setattr("pipeline.encoders.load_video_encoder", Watched)
+    monkeypatch.setattr("pipeline.encoders.load_video_encoder", lambda config, **_: Watched(config))
     monkeypatch.setattr(ShardWriter, "add", watched_add)
     for i in range(4):
         make_video(tmp_path / f"{i}.mp4", num_frames=12 + i)
@@ -159,6 +161,46 @@ def test_a_unit_whose_writing_fails_ends_with_that_error_and_leaves_nothing(
             worker.run(unit)
     assert not [path for path in Path(config.output, "latents").rglob("*") if path.is_file()]
     assert worker.run(unit).kept == 2
+
+
+def test_what_gave_way_is_told_at_once_and_goes_with_a_unit_that_fails_and_its_seconds_count(
+    config: PreprocessConfig, card: Card, unit: Unit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Starving(DctEncoder):
+        lasts = True
+
+        def load(self) -> None:
+            assert told == []
+
+        def batch_size(self, shape: tuple[int, int, int]) -> int:
+            return 2
+
+        def begin(self, frames: np.ndarray, *, tiled: bool = False) -> Callable[[], Moments]:
+            if self.lasts or len(frames) > 1:
+                raise MemoryError("no room")
+            assert len(told) == 1
+            return super().begin(frames, tiled=tiled)
+
+    told: list[str] = []
+    monkeypatch.setattr("pipeline.encoders.load_video_encoder", lambda config, **_: Starving(config))
+    worker = UnitWorker(config, card, tell=told.append)
+    with pytest.raises(EncoderStarved, match="encoding 1 clip") as failed:
+        worker.run(unit)
+    ((kind, sentence),) = vars(failed.value)["incidents"]
+    assert (kind, told) == ("batch_halved", [f"note: {sentence}"])
+    again = pickle.loads(pickle.dumps(failed.value))
+    assert again.incidents == ((kind, sentence),)
+
+    monkeypatch.setattr(Starving, "lasts", False)
+    assert worker.run(unit).incidents == ()
+    worker.close()
+    told.clear()
+    worker = UnitWorker(config, card, tell=told.append)
+    result = worker.run(unit)
+    worker.close()
+    assert len(result.incidents) == len(told) == 1
+    assert result.seconds["load"] > 0, "though it was the first attempt that loaded the encoder"
+    assert result.seconds["decoders"] > 0
 
 
 def test_the_second_of_two_workers_learns_that_it_was_not_first(

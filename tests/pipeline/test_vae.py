@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from pipeline.vae_model import VaeModel
 from pipeline.video_encode import VideoEncoder, load_video_encoder, stored_latents
 from schemas.bucket import Geometry
 from schemas.config import VideoEncoderConfig
@@ -125,6 +129,13 @@ def test_decoded_pictures_are_the_library_s(family: str, saved: Callable[[str], 
     np.testing.assert_array_equal(encoder.decode(latents.numpy()), want)
 
 
+def test_cogvideox_decodes_as_many_frames_as_it_was_given(saved: Callable[[str], Path]) -> None:
+    encoder = load(saved("cogvideox"))
+    for frames in (5, 9, 13, 17):
+        latents = encoder.encode(draw("cogvideox")[:, :frames])["mean"][0].numpy()
+        assert len(encoder.decode(latents)) == frames
+
+
 FIRST_LATENT = {
     **dict.fromkeys(FAMILIES, "first_latent"),
     "cogvideox": "apart",  # its norms average over the frames of a piece
@@ -132,7 +143,7 @@ FIRST_LATENT = {
 }
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "allegro"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("allegro", "temporal_decoder")])
 def test_where_the_first_frame_alone_is_is_found_by_a_trial(
     family: str, saved: Callable[[str], Path]
 ) -> None:
@@ -161,6 +172,57 @@ def test_where_the_first_frame_alone_is_is_found_by_a_trial(
 def test_an_encoder_without_a_first_frame_says_so(saved: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match=r"AutoencoderKLAllegro takes 16n \+ 24 frames"):
         load(saved("allegro"), image_latents=True).hard_fields()
+    with pytest.raises(ConfigError, match="Stable Video Diffusion adds noise to a picture before"):
+        load(saved("temporal_decoder"), image_latents=True).hard_fields()
+
+
+def test_a_model_is_described_and_tried_once_and_not_where_the_card_says(
+    saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(saved("wan2.1"), tmp_path / "model"))
+    built, loaded = Counter[str](), Counter[str]()
+    build, read = VaeModel.__init__, VaeModel.load
+
+    def count_build(self: VaeModel, *arguments: Any, **named: Any) -> None:
+        built["model"] += 1
+        build(self, *arguments, **named)
+
+    def count_read(self: VaeModel, **named: Any) -> Any:
+        loaded["weights"] += 1
+        return read(self, **named)
+
+    monkeypatch.setattr(VaeModel, "__init__", count_build)
+    monkeypatch.setattr(VaeModel, "load", count_read)
+    config = VideoEncoderConfig(kind="diffusers", model=str(folder), device="cpu", image_latents=True)
+    assert load_video_encoder(config, image="apart").image == "apart"
+    assert (built["model"], loaded["weights"]) == (1, 0)
+    assert {load_video_encoder(config).image for _ in range(3)} == {"first_latent"}
+    assert (built["model"], loaded["weights"]) == (1, 1)
+    os.utime(folder / "diffusion_pytorch_model.safetensors", ns=(0, 0))
+    assert load_video_encoder(config).image == "first_latent"
+    assert (built["model"], loaded["weights"]) == (2, 2)
+
+
+def test_pieces_of_time_that_no_setting_changes_are_a_hard_field(saved: Callable[[str], Path]) -> None:
+    fields = load(saved("hunyuanvideo")).hard_fields()
+    assert fields["time_tiles"] == {"tile_sample_min_num_frames": 16, "tile_sample_stride_num_frames": 12}
+    assert all("time_tiles" not in load(saved(family)).hard_fields() for family in ("ltx", "wan2.1"))
+
+
+def test_cosmos_is_scaled_by_its_scheduler_and_not_without(tmp_path: Path) -> None:
+    folder = save_vae("cosmos", tmp_path / "vae")
+    assert load(folder).scaling.factor == 0.5
+    shutil.rmtree(tmp_path / "scheduler")
+    with pytest.raises(ConfigError, match=r"scaled by sigma_data .* there is no .*scheduler_config\.json"):
+        load(folder)
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(
+    saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"video_encoder\.device = 'cuda': torch sees no GPU"):
+        load(saved("wan2.1"), device="cuda").load()
 
 
 TILED = {"cogvideox": (9, 48, 72), "wan2.1": (5, 32, 288), "ltx": (25, 64, 64), "image": (2, 32, 64)}
@@ -278,6 +340,25 @@ def test_a_gpu_gives_the_library_s_numbers_without_making_the_host_wait(
                 want = vae.encode(values).latent_dist.mean.transpose(1, 2)
         torch.testing.assert_close(found["mean"], want.cpu(), atol=2e-3, rtol=2e-3)
     assert encoder.batch_size((49, 480, 720)) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "tiled"), [("wan2.1", True), ("wan2.2", False), ("cogvideox", True)])
+def test_on_a_gpu_the_host_does_not_wait_for_what_is_cut_up(
+    family: str, tiled: bool, saved: Callable[[str], Path]
+) -> None:
+    encoder = load(saved(family), device="cuda")
+    shape = (9, 64, 320)
+    frames = encoder.buffer(1, shape)
+    frames[...] = np.random.default_rng(0).integers(0, 256, frames.shape, dtype=np.uint8)
+    want = load(saved(family)).encode(frames, tiled=tiled)["mean"]
+    torch.testing.assert_close(encoder.encode(frames, tiled=tiled)["mean"], want, atol=2e-3, rtol=2e-3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        wait = encoder.begin(frames, tiled=tiled)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wait()
 
 
 @pytest.mark.gpu

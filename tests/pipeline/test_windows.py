@@ -11,9 +11,9 @@ import torch
 
 from pipeline.segments import Segmented
 from pipeline.video_encode import VideoEncoder, load_video_encoder
-from pipeline.windows import Drift, drifts, frames_of
-from schemas.bucket import Geometry
+from pipeline.windows import SECONDS, Drift, drifts
 from schemas.config import VideoEncoderConfig
+from schemas.windows import prefix_frames
 from tests.pipeline.test_dct import waves
 
 FPS = 4.0
@@ -51,7 +51,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, VideoEncoder]:
 
 
 def found(encoder: VideoEncoder, num_frames: int) -> dict[float, Drift]:
-    return {each.seconds: each for each in drifts(encoder, frames(num_frames), fps=FPS)}
+    clip = {
+        "pts_s": np.arange(num_frames) / FPS,
+        "offsets": np.array([0, num_frames]),
+        "fps": np.array([FPS]),
+    }
+    rules: dict[str, Any] = {**clip, "frames": None, "geometry": encoder.geometry}
+    windows = {seconds: int(prefix_frames(**rules, max_s=seconds)[0]) for seconds in SECONDS}
+    return {each.seconds: each for each in drifts(encoder, frames(num_frames), windows=windows)}
 
 
 def test_windows_that_are_shorter_than_the_clip() -> None:
@@ -72,6 +79,25 @@ def test_groups_of_four_know_nothing_of_each_other() -> None:
         assert each.first > 0
         assert each.interior[0] > 0.01
         assert not any(each.interior[1:])
+
+
+class Louder:
+    """An encoder whose latents are ten times as large and lie elsewhere."""
+
+    def __init__(self, encoder: VideoEncoder) -> None:
+        self._encoder, self.geometry, self.scaling = encoder, encoder.geometry, encoder.scaling
+
+    def encode(self, frames: np.ndarray, *, tiled: bool = False) -> dict[str, torch.Tensor]:
+        return {"mean": 10 * self._encoder.encode(frames, tiled=tiled)["mean"] + 3}
+
+
+def test_differences_are_in_deviations_of_the_latents(tiny: dict[str, VideoEncoder]) -> None:
+    loud: Any = Louder(tiny["CogVideoX"])
+    plain, louder = found(tiny["CogVideoX"], 41), found(loud, 41)
+    for seconds, each in plain.items():
+        assert louder[seconds].prefix == pytest.approx(each.prefix, rel=1e-3)
+        assert louder[seconds].interior == pytest.approx(each.interior, rel=1e-3)
+        assert 0.1 < max(each.interior) < 3
 
 
 def test_wan_never_looks_ahead(tiny: dict[str, VideoEncoder]) -> None:
@@ -98,18 +124,3 @@ def test_pieces_are_exact_for_any_encoder(tiny: dict[str, VideoEncoder], name: s
         assert each.first % 4 == 0 < each.first
         assert each.prefix == 0
         assert not any(each.interior)
-
-
-def test_a_window_is_the_most_frames_that_the_encoder_takes() -> None:
-    cogvideox = Geometry(temporal=4, spatial=8, channels=16)
-    assert [frames_of(s, fps=16.0, geometry=cogvideox) for s in (3, 9, 18, 30, 63)] == [
-        49,
-        145,
-        289,
-        481,
-        1009,
-    ]
-    assert frames_of(3, fps=8.3, geometry=cogvideox) == 25
-    pieces = Geometry(temporal=4, spatial=8, channels=16, segment_frames=49)
-    assert [frames_of(s, fps=16.0, geometry=pieces) for s in (2, 3, 9)] == [0, 49, 98]
-    assert frames_of(3, fps=16.0, geometry=Geometry(temporal=4, spatial=8, channels=4, causal=False)) == 48

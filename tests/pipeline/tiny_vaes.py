@@ -106,6 +106,10 @@ def save_vae(family: str, folder: Path, **changes: Any) -> Path:
             if buffer in buffers:
                 buffers[buffer].add_(torch.linspace(0, value, len(buffers[buffer])))
         vae.save_pretrained(folder)
+    if family == "cosmos":  # is scaled by its pipeline's scheduler too
+        scheduler = folder.parent / "scheduler" / "scheduler_config.json"
+        scheduler.parent.mkdir(exist_ok=True)
+        scheduler.write_text('{"sigma_data": 0.5}')
     return folder
 
 

@@ -71,7 +71,7 @@ def test_what_decides_shape_type_or_meaning_is_never_adopted(tmp_path: Path, fie
     "field",
     [
         *("decode_rules", "decode.backend", "decode.device", "decode.threads", "video_encoder.table_sha256"),
-        *("video_encoder.name", "text_encoder.weights_sha256", "text_encoder.tokenizer"),
+        *("video_encoder.weights_sha256", "text_encoder.weights_sha256", "text_encoder.tokenizer_sha256"),
     ],
 )
 def test_what_can_be_claimed_to_give_the_same_numbers_may_be_adopted(field: str) -> None:

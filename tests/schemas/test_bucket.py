@@ -263,12 +263,22 @@ def test_windows_must_cover_a_clip_exactly() -> None:
     with pytest.raises(ConfigError) as error:
         check_buckets([bucket(90, 480, 1280), bucket(8, 720, 320)], allegro)
     assert "takes 16n + 24 frames; nearest are 88 and 104" in str(error.value)
-    assert "height = 480: expected a multiple of 16 pixels, and 200n + 320; nearest 320 and 720" in str(
-        error.value
-    )
+    expected = "height = 480: expected a multiple of 16 pixels that is 200n + 320; nearest 320 and 720"
+    assert expected in str(error.value)
     assert "buckets.1.num_frames = 8: the video encoder takes 16n + 24 frames; nearest is 24" in str(
         error.value
     )
+
+
+def test_windows_of_which_no_size_is_whole_patches() -> None:
+    odd = Geometry(4, 8, 4, causal=False, windows=((24, 16), (136, 16), (136, 56)))
+    with pytest.raises(ConfigError) as error:
+        check_buckets([bucket(24, 136, 192)], odd)
+    expected = (
+        "height = 136: expected a multiple of 16 pixels that is 16n + 136; there is none, target.patch_size"
+    )
+    assert f"{expected} = 2 is too much" in str(error.value)
+    check_buckets([bucket(24, 136, 192)], odd, target=TargetConfig(patch_size=1))
 
 
 def test_a_patch_of_one_takes_sides_that_a_patch_of_two_does_not() -> None:

@@ -431,7 +431,7 @@ def test_no_dataset_is_said_plainly(tmp_path: Path) -> None:
 
 def test_settings_that_were_adopted_are_named(dataset: Dataset) -> None:
     card = read_card(dataset.root)
-    prompts = {**card.hard["prompts"], "text_encoder.name": "other"}
+    prompts = {**card.hard["prompts"], "text_encoder.weights_sha256": "other"}
     want = card.model_copy(update={"hard": {**card.hard, "prompts": prompts}})
     record = adoption_record(dataset.root, have=card, want=want, generation=1)
     assert record is not None
@@ -440,7 +440,7 @@ def test_settings_that_were_adopted_are_named(dataset: Dataset) -> None:
     verdict = check_dataset(dataset.root)
     assert verdict.clean
     assert "since manifest generation 1" in verdict.notes[0]
-    assert "text_encoder.name 'fake' -> 'other'" in verdict.notes[0]
+    assert "text_encoder.weights_sha256 None -> 'other'" in verdict.notes[0]
     path.write_bytes(data.replace(b"other", b"otter"))
     assert "is damaged" in check_dataset(dataset.root).findings[0].problem
 

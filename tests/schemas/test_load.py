@@ -85,6 +85,27 @@ def test_missing_required_keys_and_files_are_clear(tmp_path: Path) -> None:
         load_config(empty, PreprocessConfig)
 
 
+@pytest.mark.parametrize("section", ["video_encoder", "text_encoder"])
+def test_a_model_without_its_kind_is_refused(config_file: Path, section: str) -> None:
+    toy = {"video_encoder": "dct", "text_encoder": "tiny-t5"}[section]
+    config_file.write_text(f'{MINIMAL}[{section}]\nmodel = "owner/name"\n')
+    with pytest.raises(
+        ConfigError, match=rf"{section}.*model without kind would not be used; expected kind = "
+    ):
+        load_config(config_file, PreprocessConfig)
+    config = load_config(config_file, PreprocessConfig, overrides=[f"{section}.kind={toy}"])
+    again = config_file.with_name("again.toml")
+    again.write_text(resolved_toml(config))
+    assert load_config(again, PreprocessConfig) == config
+
+
+@pytest.mark.parametrize("family", ["5", '["wan"]', '"nobody"'])
+def test_a_family_that_is_none_is_said_in_words(config_file: Path, family: str) -> None:
+    config_file.write_text(f'{MINIMAL}[text_encoder]\nkind = "t5"\nmodel = "m"\nfamily = {family}\n')
+    with pytest.raises(ConfigError, match=r"text_encoder\.family"):
+        load_config(config_file, PreprocessConfig)
+
+
 def test_repeated_buckets_are_refused(config_file: Path) -> None:
     config_file.write_text(MINIMAL + "[[buckets]]\nnum_frames = 49\nheight = 480\nwidth = 720\n")
     with pytest.raises(ConfigError, match="bucket 1 repeats bucket 0"):

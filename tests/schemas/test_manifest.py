@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -325,6 +326,7 @@ def test_captions_of_a_list_that_cannot_be_used_are_named_and_the_others_kept(fo
             {"video": "a.mp4", "captions": ["one", "", None, 3, "one", ["two"]]},
             {"video": "b.mp4", "captions": []},
             {"video": "b.mp4", "captions": ["x"] * 65},
+            {"video": "c.mp4", "caption": ["x", "y"], "captions": ["z"]},
         ],
     )
     rows, problems = rows_of(path)
@@ -333,12 +335,14 @@ def test_captions_of_a_list_that_cannot_be_used_are_named_and_the_others_kept(fo
         *["no_caption"] * 3,
         "duplicate",
         *["no_caption"] * 2,
-        "bad_caption",
+        *["bad_caption"] * 2,
     ]
+    assert str(problems[3]) == "row 1 (a.mp4): caption 5 of its list repeats caption 1; remove one"
     assert "caption ['two']; expected text, or a list of texts, in one of caption, text, cap" in str(
         problems[4]
     )
-    assert str(problems[-1]) == "row 3 (b.mp4): has 65 captions; at most 64 are taken"
+    assert str(problems[-2]) == "row 3 (b.mp4): has 65 captions; at most 64 are taken"
+    assert "has both caption and captions; expected one of them" in str(problems[-1])
 
 
 def test_csv_has_no_list_of_captions(folder: Path) -> None:
@@ -346,8 +350,17 @@ def test_csv_has_no_list_of_captions(folder: Path) -> None:
     with pytest.raises(ManifestError, match="CSV holds no lists"):
         list(read_manifest(folder / "m.csv"))
     (folder / "m.csv").write_text("video,caption,captions\na.mp4,one,two\n")
-    ((row,), _) = rows_of(folder / "m.csv")
-    assert (row.caption, row.extra) == ("one", {"captions": "two"})
+    (rows, (problem,)) = rows_of(folder / "m.csv")
+    assert (rows, problem.reason) == ([], "bad_caption")
+
+
+@pytest.mark.parametrize("caption", ['["one", "two"]', "['one', \"it's\"]", ' [ "one" ]\n'])
+def test_a_list_written_as_text_is_refused(folder: Path, caption: str) -> None:
+    with (folder / "m.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["video", "caption"], ["a.mp4", caption], ["a.mp4", "[one] 'two' [3]"]])
+    ((row,), (problem,)) = rows_of(folder / "m.csv")
+    assert row.caption == "[one] 'two' [3]"
+    assert "is a list written as text; expected each caption in its own row" in str(problem)
 
 
 @pytest.mark.parametrize(

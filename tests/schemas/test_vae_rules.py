@@ -106,12 +106,12 @@ def test_image_latents_of_cogvideox_1_5_are_divided() -> None:
         np.testing.assert_allclose(scale_image(values, rule, vae_image_scaling(config)), want, rtol=1e-6)
 
 
-def test_a_rule_without_a_shift_is_written_as_ever() -> None:
-    """Fingerprints hold it."""
-    written = Scaling(rule="factor", factor=0.7).model_dump(mode="json")
-    assert written == {"rule": "factor", "factor": 0.7, "mean": [], "std": []}
-    shifted = Scaling(rule="factor", factor=0.7, shift=0.1)
-    assert Scaling.model_validate_json(shifted.model_dump_json()) == shifted
+def test_a_picture_vae_with_means_scales_as_the_pipeline_of_sdxl_does() -> None:
+    """Playground v2.5."""
+    config = {"latents_mean": MEAN, "latents_std": STD, "scaling_factor": 0.5, "shift_factor": None}
+    z = channel_first(latents())
+    mean, std = torch.tensor(MEAN).view(1, C, 1, 1, 1), torch.tensor(STD).view(1, C, 1, 1, 1)
+    check(vae_scaling("AutoencoderKL", config), (z - mean) * 0.5 / std, z * std / 0.5 + mean)
 
 
 def test_other_classes_are_refused_by_name() -> None:

@@ -25,7 +25,7 @@ from trainer.parallel import World
 from trainer.resume import resume_notes, resume_point
 
 META = dict.fromkeys(
-    ("stage", "stopped", "config", "fingerprint", "plan_digest", "transformer", "schedule"), ""
+    ("stage", "stopped", "config", "fingerprint", "plan_digest", "transformer", "schedule", "inputs"), ""
 )
 
 

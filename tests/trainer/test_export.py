@@ -27,13 +27,15 @@ from trainer.optim import make_optimizer
 from trainer.parallel import World, fill
 from trainer.weights import WEIGHTS_NAME, DataShape, architecture, initial_values
 
-DATA = DataShape(latents=(3, 4, 12, 16), temporal=4, prompt=(7, 12), padding="full")
+INPUTS = {"latents": {"video_encoder.kind": "dct"}, "prompts": {}}
+DATA = DataShape(latents=(3, 4, 12, 16), temporal=4, prompt=(7, 12))
 
 
 def save_untrained(world: World, output: str) -> None:
     model = sharded_model(world)
     rest = dict.fromkeys(("stage", "stopped", "config", "fingerprint", "plan_digest"), "")
-    meta = {**rest, "transformer": CONFIGS["5b"], "schedule": vars(Schedule(snr_shift_scale=3.0))}
+    schedule = vars(Schedule(snr_shift_scale=3.0))
+    meta = {**rest, "inputs": INPUTS, "transformer": CONFIGS["5b"], "schedule": schedule}
     checkpoint.save(
         Path(output),
         step=0,
@@ -63,6 +65,7 @@ def test_stock_diffusers_opens_the_export_strictly_with_equal_values(exported: P
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert {name: model.config[name] for name in CONFIGS["5b"]} == CONFIGS["5b"]
     assert json.loads((exported / "config.json").read_text())["_class_name"] == "CogVideoXTransformer3DModel"
+    assert json.loads((exported / "latents.json").read_text()) == INPUTS
     scheduler = CogVideoXDDIMScheduler.from_pretrained(exported / "scheduler")
     torch.testing.assert_close(
         scheduler.alphas_cumprod, Schedule(snr_shift_scale=3.0).alphas_cumprod(), rtol=1e-12, atol=1e-15
@@ -129,11 +132,10 @@ def test_weights_that_are_not_what_the_config_says_are_refused(exported: Path, t
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (DataShape((3, 16, 12, 16), 4, (7, 12), "full"), "in_channels = 4, the dataset has 16"),
-        (DataShape((3, 4, 12, 16), 4, (7, 64), "full"), "text_embed_dim = 12, the dataset has 64"),
-        (DataShape((3, 4, 12, 16), 4, (226, 12), "full"), "longest prompt has 226 tokens"),
-        (DataShape((3, 4, 12, 16), 8, (7, 12), "full"), "temporal_compression_ratio = 4, the dataset has 8"),
-        (DataShape((3, 4, 12, 16), 4, (7, 12), "trim"), "text_encoder.padding = 'trim'"),
+        (DataShape((3, 16, 12, 16), 4, (7, 12)), "in_channels = 4, the dataset has 16"),
+        (DataShape((3, 4, 12, 16), 4, (7, 64)), "text_embed_dim = 12, the dataset has 64"),
+        (DataShape((3, 4, 12, 16), 4, (226, 12)), "longest prompt has 226 tokens"),
+        (DataShape((3, 4, 12, 16), 8, (7, 12)), "temporal_compression_ratio = 4, the dataset has 8"),
     ],
 )
 def test_a_folder_that_does_not_fit_the_dataset_is_refused(

@@ -365,6 +365,7 @@ def change(table: pa.Table, column: str, value: Any) -> pa.Table:
         ("dtype", "BF16", "dtype F32 as in the first sample"),
         ("pts_s", lambda old: old[:-1], "one entry of pts_s per frame"),
         ("pts_s", lambda old: [*old[:-1], float("nan")], "finite pts_s"),
+        ("effective_fps", 0.0, "a positive effective_fps"),
         ("prompt_shard", None, "a value of prompt_shard"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
         "plan_digest",
         "config_digest",
         "fingerprint",
-        "scaling",
+        "inputs",
         "versions",
         "transformer",
         "schedule",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLHunyuanVideo, AutoencoderKLWan
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from jobs import cli
 from jobs.inspect import inspect_sample
+from jobs.retry import retry
 from jobs.train import train
 from pipeline.collect import find_orphans
 from pipeline.export import read_samples
@@ -26,8 +29,9 @@ from pipeline.imports.units import Importer
 from schemas.card import Card, read_card
 from schemas.check import check_dataset
 from schemas.codec import Tensor, as_float32, from_float32
+from schemas.config import LimitsConfig
 from schemas.dataset import Dataset
-from schemas.errors import ConfigError, DatasetError, StaleDatasetError
+from schemas.errors import ConfigError, DatasetError, ManifestError, StaleDatasetError
 from schemas.index import read_empty_prompt, read_index, read_quarantine, read_tensor
 from schemas.scaling import scale
 from tests.pipeline.imports.caches import (
@@ -46,7 +50,7 @@ MEAN, STD = [0.25, -0.5, 1.0, 0.0], [1.0, 2.0, 0.5, 4.0]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`cogvideox`, `wan` and `text`, saved as published ones are."""
+    """`cogvideox`, `wan`, `hunyuan` and `text`, saved as published ones are."""
     folder = tmp_path_factory.mktemp("models")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -60,6 +64,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cogvideox.save_pretrained(folder / "cogvideox")
         wan: Any = AutoencoderKLWan(base_dim=4, z_dim=C, num_res_blocks=1, latents_mean=MEAN, latents_std=STD)
         wan.save_pretrained(folder / "wan")
+        hunyuan: Any = AutoencoderKLHunyuanVideo(
+            block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=C, norm_num_groups=2
+        )
+        hunyuan.save_pretrained(folder / "hunyuan")
         config = T5Config(
             vocab_size=384,
             d_model=WIDTH,
@@ -138,6 +146,22 @@ def test_cogvideo_scaled_samples_come_back_bit_for_bit_once_scaled(
         assert torch.equal(bits(read_tensor(dataset, row, "prompt_embeds")), normal(8, WIDTH, seed=seed + 2))
         assert read_tensor(dataset, row, "prompt_mask").data.tolist() == [1] * 8
         assert row["pts_s"] == [i / 8 for i in range(num_frames)]
+
+
+def test_a_video_listed_again_keeps_both_captions_and_lines_end_with_newlines_alone(
+    tmp_path: Path, imported: Callable[..., Path]
+) -> None:
+    broken = "a\u2028cat\x85sits"
+    texts = {caption: normal(8, WIDTH, seed=seed) for seed, caption in enumerate((broken, CAT, DOG))}
+    source = cogvideo(tmp_path / "data", embeddings=texts)
+    (source / "prompts.txt").write_text(f"{broken}\n{CAT}\n{DOG}\n")
+    (source / "videos.txt").write_text("videos/a.mp4\nvideos/./a.mp4\nvideos/b.mp4\n")
+    dataset = imported(source, "cogvideo")
+    found = sorted((Path(row["source"]).stem, row["caption"]) for row in read_index(dataset).to_pylist())
+    assert found == [("a", CAT), ("a", broken), ("b", DOG)]
+    commit = Dataset(dataset).commit("latents", 0)
+    assert commit is not None
+    assert len(commit.samples) == 2
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -240,7 +264,7 @@ def test_musubi_hunyuan_samples_are_unscaled_and_masked(
     more = {"clipL_bfloat16": normal(16, seed=4)}
     cache = tmp_path / "cache"
     musubi(cache, text=text | more, end="hv", architecture="hunyuan_video")
-    dataset = imported(cache, "musubi", leave_out=("clipL",))
+    dataset = imported(cache, "musubi", "hunyuan", leave_out=("clipL",))
     (row,) = rows(dataset).values()
     assert torch.equal(bits(read_tensor(dataset, row, "latents")).transpose(0, 1), normal(C, 3, 4, 4, seed=1))
     assert read_tensor(dataset, row, "prompt_mask").data.tolist() == [1, 1, 1, 0, 0, 0]
@@ -346,6 +370,80 @@ def test_torn_and_non_finite_files_are_quarantined(tmp_path: Path, imported: Cal
     assert len(rows(dataset)) == 3
 
 
+def finetrainers(root: Path, *, clips: int = 2) -> Path:
+    """CogVideoX of the later layout; the folder of its files."""
+    write_finetrainers(
+        root,
+        [
+            (
+                {"latents": normal(1, 3, 2 * C, 4, 4, seed=seed)},
+                {"encoder_hidden_states": normal(1, 8, WIDTH, seed=seed)},
+            )
+            for seed in range(clips)
+        ],
+    )
+    return root / "finetrainers-precomputed-data"
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_changed_byte_of_a_pt_file_is_seen_where_it_has_checksums(
+    tmp_path: Path, imported: Callable[..., Path], checked: bool
+) -> None:
+    torch.serialization.set_crc32_options(checked)
+    try:
+        files = finetrainers(tmp_path / "cache")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for name in ("latent-0.pt", "condition-1.pt"):
+        values = (normal(1, 3, 2 * C, 4, 4, seed=0) if name[0] == "l" else normal(1, 8, WIDTH, seed=1)).view(
+            torch.uint8
+        )
+        data = bytearray((files / name).read_bytes())
+        data[data.index(values.numpy().tobytes())] ^= 1
+        (files / name).write_bytes(data)
+    table = read_quarantine(imported(tmp_path / "cache", "finetrainers")).to_pylist()
+    found = {Path(row["source"]).name: row["reason"] for row in table}
+    assert found == ({"latent-0.pt": "unreadable", "latent-1.pt": "no_prompt"} if checked else {})
+    assert "data/0 does not match its checksum" in table[0]["message"] if checked else not table
+
+
+def test_empty_tensors_and_archives_that_claim_too_much_are_quarantined(
+    tmp_path: Path, imported: Callable[..., Path]
+) -> None:
+    files = finetrainers(tmp_path / "cache", clips=5)
+    torch.save({"latents": normal(1, 0, 2 * C, 4, 4, seed=1)}, files / "latent-0.pt")
+    torch.save({"encoder_hidden_states": normal(1, 0, WIDTH, seed=1)}, files / "condition-1.pt")
+    with zipfile.ZipFile(files / "latent-2.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("latent-2/data.pkl", bytes(10**6))
+    with (files / "latent-3.pt").open("wb") as file:
+        file.truncate(LimitsConfig().max_bytes + 1)
+    table = read_quarantine(imported(tmp_path / "cache", "finetrainers")).to_pylist()
+    assert {Path(row["source"]).name: row["reason"] for row in table} == {
+        "latent-0.pt": "empty",
+        "latent-1.pt": "no_prompt",
+        "latent-2.pt": "unreadable",
+        "latent-3.pt": "limit_bytes",
+    }
+    assert any("claims to hold more bytes than it has" in row["message"] for row in table)
+
+
+def test_rows_that_are_tried_again_are_imported(
+    tmp_path: Path, imported: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = musubi(tmp_path / "cache").parent
+    musubi(cache, "clip_2", seed=2, caption=DOG)
+    torn = next(cache.glob("clip_1_*_wan.safetensors"))
+    sound = torn.read_bytes()
+    torn.write_bytes(sound[:-40])
+    dataset = imported(cache, "musubi", "wan")
+    assert retry(dataset, reasons=[], everything=True, as_json=False) == 0
+    told = capsys.readouterr().out
+    assert f"run `latentpress import {cache} --format musubi" in told
+    assert told.rstrip().endswith(f"-o {dataset}`")
+    imported(cache, "musubi", "wan")
+    assert read_quarantine(dataset)["attempts"].to_pylist() == [2]
+
+
 # -------------------------------------------------------------------------- the empty prompt
 
 
@@ -361,7 +459,17 @@ def test_the_empty_prompt_is_made_by_the_encoder_given(
     dataset = imported(cogvideo(tmp_path / "data"), "cogvideo", text_encoder=str(models / "text"))
     found = read_empty_prompt(dataset)
     assert (found["prompt_embeds"].dtype, found["prompt_embeds"].shape) == ("BF16", (8, WIDTH))
-    assert found["prompt_mask"].data.tolist() == [1] + [0] * 7
+    assert found["prompt_mask"].data.tolist() == [1] * 8  # as of captions, which have no mask in the cache
+
+
+def test_the_empty_prompt_has_a_mask_where_captions_have(
+    tmp_path: Path, models: Path, imported: Callable[..., Path]
+) -> None:
+    mask = torch.tensor([[True] * 5 + [False] * 3])
+    text = {"encoder_hidden_states": normal(1, 8, WIDTH, seed=9), "encoder_attention_mask": mask}
+    source = write_finetrainers(tmp_path / "cache", [(wan_latents(1), text)])
+    dataset = imported(source, "finetrainers", "wan", text_encoder=str(models / "text"))
+    assert read_empty_prompt(dataset)["prompt_mask"].data.tolist() == [1] + [0] * 7
 
 
 def test_without_one_the_dataset_says_so(tmp_path: Path, imported: Callable[..., Path]) -> None:
@@ -467,6 +575,26 @@ def test_a_cogvideo_cache_that_cannot_be_known_is_refused(
             {"encoder_attention_mask": torch.ones(1, 3)},
             r"condition-0\.pt: its mask is \[1, 3\]",
         ),
+        (
+            wan_latents(1),
+            {"encoder_attention_mask": "none"},
+            r"condition-0\.pt: its mask is a str; expected a",
+        ),
+        (
+            wan_latents(1) | {"latents": torch.zeros(1).expand(1, 2 * C, 3, 30000, 30000)},
+            {},
+            r"latent-0\.pt: 'latents' of shape .*30000\] stands for more numbers than the file holds",
+        ),
+        (
+            wan_latents(1) | {"latents": torch.zeros(1, 2 * C, 3, 4, 4).to_sparse()},
+            {},
+            "stands for more numbers than the file holds",
+        ),
+        (
+            wan_latents(1) | {"latents": torch.zeros(1, 2 * C, 3, 4, 4, device="meta")},
+            {},
+            "stands for more numbers than the file holds",
+        ),
     ],
 )
 def test_finetrainers_files_that_cannot_be_known_are_refused(
@@ -492,6 +620,91 @@ def test_musubi_caches_that_cannot_be_known_are_refused(tmp_path: Path, models: 
     image = {"latents_image_3x4x4_bfloat16": normal(C + 4, 3, 4, 4, seed=1)}
     assert "--leave-out latents_image_3x4x4_bfloat16" in told(more=image)
     assert "3 latent frames of 13 frames" in told(frames=13)
+
+
+def no_stated(source: Path) -> Path:
+    return finetrainers(source)
+
+
+def stated(source: Path) -> Path:
+    text = {"encoder_hidden_states": normal(1, 8, WIDTH, seed=9)}
+    return write_finetrainers(source, [(wan_latents(1), text)])
+
+
+def masked(source: Path) -> Path:
+    latents = {"latents": normal(1, 2 * C, 3, 4, 4, seed=1)}
+    text = {"prompt_embeds": normal(1, 8, WIDTH, seed=9), "prompt_attention_mask": torch.ones(1, 8)}
+    return write_finetrainers(source, [(latents, text)], early=True)
+
+
+def ttt_video(source: Path) -> Path:
+    return write_ttt_video(source, [(normal(2 * C, 3, 4, 4, seed=1), [normal(8, WIDTH, seed=2)])])
+
+
+def musubi_wan(source: Path) -> Path:
+    return musubi(source).parent
+
+
+def musubi_hv(source: Path) -> Path:
+    return musubi(source, end="hv", architecture="hunyuan_video").parent
+
+
+@pytest.mark.parametrize(
+    ("form", "write", "vae", "told"),
+    [
+        ("cogvideo", cogvideo, "wan", "cogvideo are made with an AutoencoderKLCogVideoX: give"),
+        ("ttt-video", ttt_video, "hunyuan", "ttt-video are made with an AutoencoderKLCogVideoX"),
+        ("musubi", musubi_wan, "cogvideox", "wan latents of musubi-tuner are made with an AutoencoderKLWan"),
+        ("musubi", musubi_hv, "cogvideox", "made with an AutoencoderKLHunyuanVideo"),
+        (
+            "finetrainers",
+            no_stated,
+            "wan",
+            r"without latents_mean, as in .*latent-0\.pt, are made with an Auto",
+        ),
+        ("finetrainers", stated, "cogvideox", "with latents_mean, .* are made with an AutoencoderKLWan"),
+        ("finetrainers", masked, "cogvideox", "holds a mask, and --vae is an AutoencoderKLCogVideoX"),
+    ],
+)
+def test_a_vae_of_another_class_than_the_trainer_uses_is_refused(
+    tmp_path: Path, models: Path, form: Format, write: Callable[[Path], Path], vae: str, told: str
+) -> None:
+    source = write(tmp_path / "cache")
+    with pytest.raises(ConfigError, match=told):
+        import_cache(asked(source, tmp_path / "dataset", form, models / vae))
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_a_text_encoder_is_no_vae(tmp_path: Path, models: Path) -> None:
+    source, folder = cogvideo(tmp_path / "data"), models / "text" / "text_encoder"
+    with pytest.raises(ConfigError, match="expected a VAE in the layout of diffusers, found a 't5' of"):
+        import_cache(asked(source, tmp_path / "dataset", "cogvideo", folder))
+
+
+def test_only_regular_files_are_opened(tmp_path: Path, models: Path) -> None:
+    """A pipe would be waited on for ever."""
+    files = finetrainers(tmp_path / "cache")
+    options = asked(tmp_path / "cache", tmp_path / "dataset", "finetrainers", models / "cogvideox")
+    (files / "latent-1.pt").unlink()
+    os.mkfifo(files / "latent-1.pt")
+    with pytest.raises(ConfigError, match=r"latent-1\.pt: is no regular file; take it out"):
+        import_cache(options)
+    (files / "latent-1.pt").unlink()
+    (files / "latent-1.pt").symlink_to("nowhere")
+    told = r"1 of 4 files of the cache cannot be read\n.*latent-1\.pt: No such"
+    with pytest.raises(ManifestError, match=told):
+        import_cache(options)
+    lines = ttt_video(tmp_path / "lines") / "train.jsonl"
+    lines.unlink()
+    os.mkfifo(lines)
+    with pytest.raises(ConfigError, match=r"train\.jsonl: is no regular file"):
+        import_cache(asked(lines.parent, tmp_path / "dataset", "ttt-video", models / "cogvideox"))
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path, models: Path) -> None:
+    source = cogvideo(tmp_path / "data")
+    with pytest.raises(StaleDatasetError, match="give another -o FOLDER"):
+        import_cache(asked(source, source, "cogvideo", models / "cogvideox"))
 
 
 def test_missing_files_of_ttt_video_are_named(tmp_path: Path, models: Path) -> None:
