@@ -103,7 +103,7 @@ class RayCluster:
         if not at_once and time.monotonic() - self._checked <= POLL_S:
             return
         for _ in range(_SILENT_TRIES):
-            silent = [name for name, address in self._lifelines.items() if not answers(address)]
+            silent = self.silent()
             if not silent:
                 self._checked = time.monotonic()
                 return
@@ -113,6 +113,10 @@ class RayCluster:
             f"Ray's {' and '.join(silent)} ({host}:{port}) no longer answers: it was killed, or ran out of "
             f"memory. {RESUMES}"
         )
+
+    def silent(self) -> list[str]:
+        """Which of Ray's own processes do not answer."""
+        return [name for name, address in self._lifelines.items() if not answers(address)]
 
     def _addresses(self) -> dict[str, tuple[str, int]]:
         """Where the two processes of Ray listen that this one cannot do without."""

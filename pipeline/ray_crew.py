@@ -79,7 +79,8 @@ class RayCrew:
             self._say_where_it_waits()
 
     def close(self) -> None:
-        self._hear()
+        if not self._cluster.silent():  # Ray would wait a minute for a dead head and then abort the driver
+            self._hear()
         for actor in self._actors.values():
             self._ray.kill(actor)
         self._cluster.close()

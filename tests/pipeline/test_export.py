@@ -74,7 +74,7 @@ def test_plain_webdataset_and_safetensors_read_what_was_exported(dataset: Datase
     for sample, expected, row in zip(read, ours, index, strict=True):
         meta = json.loads(sample["json"])
         assert (meta["caption"], meta["pts_s"]) == (row["caption"], row["pts_s"])
-        assert meta["scaling"] == {"rule": "factor", "factor": 0.5, "mean": [], "std": []}
+        assert meta["scaling"] == {"rule": "factor", "factor": 0.5, "shift": 0.0, "mean": [], "std": []}
         for member, tensors in (("latents", expected.latents), ("prompt_embeds", expected.prompt)):
             values = safetensors.numpy.load(sample[f"{member}.safetensors"])
             assert values.keys() == tensors.keys()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from pipeline.starved import ProcessDied
 from schemas.errors import (
     ClipError,
     ConfigError,
@@ -26,6 +27,7 @@ ERRORS = (
     StaleDatasetError("d", {"seed": (1, 2)}),
     DatasetError("e"),
     RunError("f"),
+    ProcessDied("h"),
     ClipError("bad", "g", stage="encode", attempts=3),
 )
 
