@@ -27,7 +27,8 @@ from schemas.config import BucketConfig, DecodeConfig, FramesConfig, LimitsConfi
 from schemas.errors import ClipError
 from tests.videos import draw, make_video
 
-EXAMPLES = int(os.environ.get("LATENTPRESS_EXAMPLES", "40"))
+DEFAULT_EXAMPLES = 40
+EXAMPLES = int(os.environ.get("LATENTPRESS_EXAMPLES", DEFAULT_EXAMPLES))
 SIZE = (96, 64)
 RESIZE = ResizeConfig()
 FORMATS = [
@@ -37,6 +38,7 @@ FORMATS = [
     *(("mpeg4", suffix) for suffix in ("avi", "mp4")),
     *(("libvpx", "webm"), ("libvpx-vp9", "webm"), ("libvpx-vp9", "mp4"), ("mjpeg", "avi"), ("mjpeg", "mkv")),
 ]
+REORDERING = ("libx264", "libx265", "mpeg4", "mpeg2video")
 VARIABLE = ("mp4", "mkv", "webm", "ts")
 """Containers that hold any times."""
 # Packets of a stream that refers to pictures before its start give no picture: no reason to refuse it.
@@ -102,7 +104,8 @@ def streams(data: st.DrawFn) -> Stream:
         suffix=suffix,
         num_pictures=num_pictures,
         gop=data(st.integers(1, 60)),
-        bframes=data(st.integers(0, 4)) if codec in ("libx264", "libx265", "mpeg4", "mpeg2video") else 0,
+        # A program stream times few of its packets, and a plain decode guesses the times of reordered ones.
+        bframes=data(st.integers(0, 4)) if codec in REORDERING and suffix != "mpg" else 0,
         pyramid=data(st.booleans()),
         open_gop=data(st.booleans()),
         hidden=data(st.integers(0, min(30, num_pictures - 1))) if suffix == "mp4" else 0,
@@ -166,7 +169,8 @@ def drawn_jobs(data: st.DrawFn) -> Job:
 def test_frames_of_any_stream_are_those_of_a_plain_decode() -> None:
     seen: Counter[str] = Counter()
 
-    @hypothesis.settings(max_examples=EXAMPLES, database=None)
+    # The default draws are the same every time, so that what they hold is known; more are drawn anew.
+    @hypothesis.settings(max_examples=EXAMPLES, database=None, derandomize=EXAMPLES == DEFAULT_EXAMPLES)
     @hypothesis.given(stream=streams(), jobs=st.lists(drawn_jobs(), min_size=3, max_size=3))
     def compare(stream: Stream, jobs: list[Job]) -> None:
         with tempfile.TemporaryDirectory() as folder:

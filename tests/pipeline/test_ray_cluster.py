@@ -101,7 +101,7 @@ def test_decode_actors_are_dealt_out_and_their_frames_fill_a_third_of_the_store_
 def test_settings_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="decode_actors = 2 is fewer than workers = 3"):
         config_with(executor={"workers": 3, "decode_actors": 2})
-    with pytest.raises(ConfigError, match="with decode_actors workers have none; set one of them"):
+    with pytest.raises(ConfigError, match="with decode_actors workers have none; set one"):
         config_with(executor={"workers": 1, "decode_actors": 2, "decoders_per_worker": 2})
     with pytest.raises(ConfigError, match="'local' has none"):
         config_with(executor={"kind": "local", "workers": 1, "decode_actors": 2})
