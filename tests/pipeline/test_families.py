@@ -24,10 +24,9 @@ from tests.pipeline.test_vae import (
     clip_shape,
     every_family,
     library_moments,
-    library_vae,
     saved,
 )
-from tests.pipeline.tiny_vaes import FAMILIES
+from tests.pipeline.tiny_vaes import FAMILIES, library_vae
 from tests.videos import make_video
 
 __all__ = ["saved"]
