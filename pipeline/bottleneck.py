@@ -37,7 +37,8 @@ def where_time_went(
     decoders = decoders_s / max(1e-9, total - spent["load"])
     idle = {
         "decode": shares["decode_wait"],
-        "write": max(0.0, total - spent["load"] - spent["encode"] - spent["decode_wait"]) / working,
+        "write": max(0.0, min(spent["write"], total - spent["load"] - spent["encode"] - spent["decode_wait"]))
+        / working,
         "units": max(0.0, have - total) / working,
     }
     pressure = {"load": shares["load"]} | (
