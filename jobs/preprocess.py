@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,9 @@ from pipeline.graph import preprocess
 from schemas.config import PreprocessConfig
 from schemas.errors import EXIT_DONE, EXIT_FAILED, EXIT_GATE
 from schemas.load import load_config
+
+_AGAIN_S = 0.05
+"""Until an interrupt that was lost is raised again."""
 
 
 def run(config_path: Path, *, overrides: Sequence[str], adopt: bool, as_json: bool) -> int:
@@ -33,18 +37,28 @@ def run(config_path: Path, *, overrides: Sequence[str], adopt: bool, as_json: bo
 @contextlib.contextmanager
 def _ended_like_ctrl_c() -> Iterator[None]:
     """SIGTERM, which batch systems send, and SIGHUP, of a closed terminal, end a run as Ctrl-C does: its
-    workers and temp files go with it. Under `nohup` SIGHUP stays ignored."""
+    workers and temp files go with it. Under `nohup` SIGHUP stays ignored. What is raised while an object is
+    taken down, in some library's `__del__`, Python only reports: that is raised once more."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    def report(lost: sys.UnraisableHookArgs) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+        else:
+            told(lost)
+
+    told, sys.unraisablehook = sys.unraisablehook, report
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, interrupt)
     try:
         yield
     finally:
+        sys.unraisablehook = told
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs import cli
+from jobs.preprocess import _ended_like_ctrl_c
 from tests.videos import make_video
 
 COMMANDS = [
@@ -209,3 +212,21 @@ def test_what_is_no_dataset_is_said_in_one_line(run: Any, tmp_path: Path) -> Non
         assert result.err.strip().splitlines() == [
             f"latentpress: {tmp_path} is not a latent dataset: it has no card.json"
         ]
+
+
+class TakenDown:
+    """Gets a signal while it is taken down, where Python lets no exception out."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_interrupt_that_falls_into_a_destructor_is_not_lost() -> None:
+    def run() -> None:
+        with _ended_like_ctrl_c():
+            TakenDown()
+            time.sleep(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
