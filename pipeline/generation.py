@@ -7,6 +7,7 @@ rows are described when an executor takes it.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
@@ -110,7 +111,24 @@ class Unit:
     """Each a key and a caption, or the source and its window."""
 
 
-class Units(Sequence[Unit]):
+class _WhenTaken(Sequence[Unit]):
+    """Units that are described when they are taken."""
+
+    @overload
+    def __getitem__(self, index: int) -> Unit: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Unit]: ...
+    def __getitem__(self, index: int | slice) -> Unit | list[Unit]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._take(range(len(self))[index])
+
+    @abstractmethod
+    def _take(self, index: int) -> Unit:
+        """That at `index`, counted from the first."""
+
+
+class Units(_WhenTaken):
     """Units in order, each described when it is taken, so that the driver never holds the rows of all."""
 
     def __init__(
@@ -128,14 +146,7 @@ class Units(Sequence[Unit]):
     def __len__(self) -> int:
         return len(self._first) + len(self.numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> Unit: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Unit]: ...
-    def __getitem__(self, index: int | slice) -> Unit | list[Unit]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def _take(self, index: int) -> Unit:
         if index < len(self._first):
             return self._first[index]
         index -= len(self._first)
@@ -145,7 +156,7 @@ class Units(Sequence[Unit]):
         return Unit(self.family, int(self.numbers[index]), tuple(described))
 
 
-class InTurn(Sequence[Unit]):
+class InTurn(_WhenTaken):
     """The units of one family after those of another."""
 
     def __init__(self, parts: Sequence[Units]) -> None:
@@ -154,14 +165,7 @@ class InTurn(Sequence[Unit]):
     def __len__(self) -> int:
         return sum(map(len, self._parts))
 
-    @overload
-    def __getitem__(self, index: int) -> Unit: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Unit]: ...
-    def __getitem__(self, index: int | slice) -> Unit | list[Unit]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def _take(self, index: int) -> Unit:
         for units in self._parts:
             if index < len(units):
                 return units[index]

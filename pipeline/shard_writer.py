@@ -144,6 +144,10 @@ class ShardWriter:
             )
         return winner
 
+    def uncommitted(self, record: UnitCommit) -> bytes | None:
+        """What a coordinator is to record; None where `commit` did."""
+        return record_bytes(record) if self._committing == "coordinator" else None
+
     def _add_member(self, name: str, data: bytes) -> int:
         """Write one regular file; the position of its first byte in the tar."""
         info = tarfile.TarInfo(name)

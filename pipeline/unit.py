@@ -25,7 +25,7 @@ from pipeline.decoders import Decoders, DecoderShare, clock
 from pipeline.encoders import Encoders, Incident, Shape, Starved, starving
 from pipeline.generation import Unit
 from pipeline.row_order import RowOrder
-from pipeline.shard_writer import ShardWriter, record_bytes
+from pipeline.shard_writer import ShardWriter
 from pipeline.starved import EncoderStarved
 from pipeline.video_encode import Moments, stored_latents
 from schemas.bucket import bucket_name
@@ -186,7 +186,7 @@ class UnitWorker:
         def keep(row: dict[str, Any], outcome: _Outcome) -> None:
             nonlocal video_s
             if isinstance(outcome, ClipError):
-                failures.append(_failure(row, outcome))
+                failures.append(failure_of(row["key"], outcome))
                 return
             shard.add(row["key"], outcome.tensors, meta=outcome.meta)
             video_s += outcome.video_s
@@ -202,12 +202,9 @@ class UnitWorker:
             with clock(seconds, "write"):
                 commit = shard.commit(quarantined=failures, seconds=seconds)
         return dataclasses.replace(
-            result_of(unit, commit),
+            result_of(unit, commit, shard),
             video_s=video_s,
-            nbytes=commit.nbytes,
-            ours=shard.was_first,
             protections=self._decoders.protections,
-            uncommitted=record_bytes(commit) if self._committing == "coordinator" else None,
         )
 
     def _rows(self, unit: Unit, keep: _Keep, seconds: dict[str, float], *, then: Unit | None = None) -> None:
@@ -293,8 +290,8 @@ class UnitWorker:
         return _Sample(tensors, meta, clip.record.duration_s * clip.record.coverage)
 
 
-def result_of(unit: Unit, commit: UnitCommit) -> UnitResult:
-    """What a unit's record says of it, for who did not make it."""
+def result_of(unit: Unit, commit: UnitCommit, shard: ShardWriter | None = None) -> UnitResult:
+    """What a unit's record says of it; `shard` is what it was made with, None for who did not make it."""
     sources = {row["key"]: row.get("source", "") for row in unit.rows}
     return UnitResult(
         family=unit.family,
@@ -302,9 +299,10 @@ def result_of(unit: Unit, commit: UnitCommit) -> UnitResult:
         kept=len(commit.samples),
         failures=tuple((f.reason, sources.get(f.key, "")) for f in commit.quarantined),
         video_s=0.0,
-        nbytes=0,
+        nbytes=commit.nbytes if shard else 0,
         seconds={},
-        ours=False,
+        ours=shard is not None and shard.was_first,
+        uncommitted=shard.uncommitted(commit) if shard else None,
         captions_cut=sum(bool(sample.meta.get("truncated")) for sample in commit.samples),
     )
 
@@ -317,7 +315,8 @@ def _same(error: ClipError) -> _Outcome:
     return error
 
 
-def _failure(row: dict[str, Any], error: ClipError) -> FailureRecord:
+def failure_of(key: str, error: ClipError) -> FailureRecord:
+    """The record of a row that could not become a sample."""
     return FailureRecord(
-        key=row["key"], stage=error.stage, reason=error.reason, message=error.message, attempts=error.attempts
+        key=key, stage=error.stage, reason=error.reason, message=error.message, attempts=error.attempts
     )

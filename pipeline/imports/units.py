@@ -23,15 +23,15 @@ from pipeline.generation import Unit
 from pipeline.imports.cache import Cache, CachedClip
 from pipeline.imports.files import carried, finite
 from pipeline.imports.survey import Reading, placed
-from pipeline.shard_writer import ShardWriter, record_bytes
+from pipeline.shard_writer import ShardWriter
 from pipeline.source import Source, same_content
 from pipeline.text_encode import TextEncoder
-from pipeline.unit import UnitResult, result_of
+from pipeline.unit import UnitResult, failure_of, result_of
 from schemas.card import Card
 from schemas.codec import Tensor, from_float32
 from schemas.dataset import Dataset
 from schemas.errors import ClipError, RunError
-from schemas.sample import FailureRecord, UnitCommit
+from schemas.sample import FailureRecord
 from schemas.scaling import unscale
 
 NO_EMPTY_PROMPT = "no_empty_prompt"
@@ -86,28 +86,13 @@ class Importer:
                         raise ClipError("no_prompt", "its prompt embeddings cannot be read", stage="import")
                     tensors, meta = self._prompt(row) if unit.family == "prompts" else self._latents(row)
                 except ClipError as error:
-                    failures.append(
-                        FailureRecord(
-                            key=row["key"],
-                            stage=error.stage,
-                            reason=error.reason,
-                            message=error.message,
-                            attempts=error.attempts,
-                        )
-                    )
+                    failures.append(failure_of(row["key"], error))
                     continue
                 shard.add(row["key"], tensors, meta=meta)
             commit = shard.commit(quarantined=failures, seconds={})
-        return self._result(unit, commit, shard, time.perf_counter() - started)
-
-    def _result(self, unit: Unit, commit: UnitCommit, shard: ShardWriter, total_s: float) -> UnitResult:
-        return dataclasses.replace(
-            result_of(unit, commit),
-            nbytes=commit.nbytes,
-            seconds={"write": total_s, "total": total_s},
-            ours=shard.was_first,
-            uncommitted=record_bytes(commit) if self._committing == "coordinator" else None,
-        )
+        total_s = time.perf_counter() - started
+        seconds = {"write": total_s, "total": total_s}
+        return dataclasses.replace(result_of(unit, commit, shard), seconds=seconds)
 
     def _prompt(self, row: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         paths = self._sources.prompts.get(row["caption"])
