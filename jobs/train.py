@@ -21,9 +21,9 @@ from pathlib import Path
 from types import FrameType
 
 from schemas.card import read_card
-from schemas.config import TrainConfig
 from schemas.errors import EXIT_DONE, EXIT_USAGE, ConfigError, LatentpressError, RunError
 from schemas.load import load_config
+from schemas.train_config import TrainConfig
 
 Failure = tuple[int, str]
 """Exit code and message of a rank."""

@@ -26,7 +26,6 @@ from pipeline.executor import open_executor
 from pipeline.fetch import Fetcher
 from pipeline.foreman import stopped
 from pipeline.generation import InTurn, Units, add_generation, known_sources, pending_units, split_into_clips
-from pipeline.model_files import commit_of
 from pipeline.outlook import outlook
 from pipeline.progress import EARLY_STOP_ROWS, EarlyStop, Tally, gated_failures, open_log, say, track
 from pipeline.reindex import TableCounts, update_tables
@@ -43,6 +42,7 @@ from schemas.errors import ManifestError, RunError, StaleDatasetError
 from schemas.history import History
 from schemas.load import config_digest, resolved_toml
 from schemas.manifest import ManifestRow, RowProblem, read_manifest, split_rows
+from schemas.model_files import commit_of
 from schemas.sample import Family
 from schemas.scaling import most_latent_frames
 from schemas.store import absolute

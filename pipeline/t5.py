@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.devices import pick_device
-from pipeline.model_files import find_model
 from pipeline.prompt_cleaning import cleaning
 from pipeline.text_encoding import TextEncoding
 from schemas.codec import DTYPES, TAGS, Tensor
 from schemas.config import TextEncoderConfig
 from schemas.errors import ConfigError, RunError
+from schemas.model_files import find_model
 from schemas.text_family import FAMILIES
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.model_files import ModelFiles, find_model
 from schemas.bucket import Geometry
 from schemas.config import VideoEncoderConfig
 from schemas.digest_cache import Stamp, stamp
 from schemas.errors import ConfigError
+from schemas.model_files import ModelFiles, find_model
 from schemas.model_weights import VAE_WEIGHTS, read_model_json
 from schemas.scaling import Scaling
 from schemas.vae_rules import IMAGE_VAES, VAE_RULES, require_known, vae_image_scaling, vae_scaling

@@ -1,4 +1,4 @@
-"""Every setting of `preprocess` and `train`, as one tree of frozen models.
+"""Every setting of `preprocess`, as one tree of frozen models; those of `train`: `schemas.train_config`.
 
 Unknown keys are errors that name their dotted path. A docstring under each field gives meaning,
 unit and default. Files are read by `schemas.load`; nothing here touches the disk.
@@ -6,12 +6,10 @@ unit and default. Files are read by `schemas.load`; nothing here touches the dis
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from schemas.store import is_url
 from schemas.text_family import FAMILIES, FamilyName
 
 Positive = Annotated[int, Field(gt=0)]
@@ -27,9 +25,6 @@ class Settings(BaseModel):
     """Strict and frozen: no unknown key, no silent cast, no change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-# ---------------------------------------------------------------------------- preprocess
 
 
 Policy = Literal[
@@ -391,175 +386,3 @@ class PreprocessConfig(Settings):
                 raise ValueError(f"bucket {i} repeats bucket {seen[bucket]}; remove one")
             seen[bucket] = i
         return buckets
-
-
-# --------------------------------------------------------------------------------- train
-
-
-class ModelConfig(Settings):
-    """The video transformer."""
-
-    kind: Literal["cogvideox"] = "cogvideox"
-    """`cogvideox`: diffusers' CogVideoXTransformer3DModel on a packed token stream."""
-    init: str = "random"
-    """`random`, or a folder in the diffusers layout."""
-    attention: Literal["auto", "sdpa"] = "auto"
-    """`sdpa`: one scaled-dot-product call per segment. `auto` picks and logs the reason."""
-    num_layers: Positive = 2
-    """Transformer blocks; `init = "random"` only, like the fields below."""
-    num_attention_heads: Positive = 4
-    """Heads per block."""
-    attention_head_dim: Annotated[int, Field(gt=0, multiple_of=16)] = 32
-    """Width of one head; a multiple of 16 (rotary embedding over time, height, width)."""
-    time_embed_dim: Positive = 128
-    """Width of the timestep embedding."""
-
-
-class MeshConfig(Settings):
-    """Device mesh; the product is the world size."""
-
-    dp_replicate: Positive = 1
-    """HSDP replicas."""
-    dp_shard: Positive = 1
-    """FSDP shards per replica; 1 with more ranks means "all of them"."""
-    tp: Literal[1] = 1
-    """Tensor-parallel degree."""
-
-
-class PrecisionConfig(Settings):
-    """Arithmetic of the training step."""
-
-    param: Literal["float32", "bfloat16"] = "float32"
-    """Type of parameters and activations in forward and backward; bfloat16 on GPUs."""
-    reduce: Literal["float32", "bfloat16"] = "float32"
-    """Type of the gradient reduction."""
-    deterministic: bool = True
-    """Ask torch for deterministic kernels: the same run gives the same bits."""
-
-
-class DataConfig(Settings):
-    """How samples become packs."""
-
-    budget_tokens: Positive = 4096
-    """Tokens (video and text) per pack; at least the longest sample."""
-    slots: Positive = 1
-    """Packs per optimizer step over all ranks; the data-parallel world size must divide it."""
-    prefetch: NonNegative = 2
-    """Packs read ahead by the loader thread; 0 reads in the training thread."""
-
-
-class LossConfig(Settings):
-    """The objective."""
-
-    objective: Literal["v"] = "v"
-    """`v`: CogVideoX's velocity target on its zero-terminal-SNR schedule."""
-    keyframe_lambda: float = 1.0
-    """Weight of active frames; only 1.0 (all frames alike) is built."""
-    consistency_alpha: float = 0.0
-    """Weight of the frame-to-frame term; only 0.0 (none) is built."""
-    normalize: Literal["per_clip", "per_token"] = "per_clip"
-    """Every clip weighs the same, or every token does."""
-
-    @field_validator("keyframe_lambda", "consistency_alpha")
-    @classmethod
-    def _neutral(cls, value: float, info: ValidationInfo) -> float:
-        neutral = cls.model_fields[str(info.field_name)].default
-        if value != neutral:
-            raise ValueError(f"this version builds only {neutral}")
-        return value
-
-
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimConfig(Settings):
-    """AdamW and the gradient clip."""
-
-    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
-    """Decay of the first and second moment; 0 or more, below 1."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Decoupled; not on biases and norms."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Global gradient-norm clip."""
-
-
-class CheckpointConfig(Settings):
-    """When training state is saved."""
-
-    every: Positive = 500
-    """Optimizer steps between saves; the last step is always saved."""
-    keep: Positive = 2
-    """Newest complete checkpoints kept."""
-
-
-class LrConfig(Settings):
-    """Learning rate as a pure function of the step."""
-
-    peak: Annotated[float, Field(ge=0)]
-    """Highest value."""
-    warmup: NonNegative = 0
-    """Linear warm-up, in steps."""
-    kind: Literal["cosine", "constant"] = "cosine"
-    """After warm-up: cosine to zero at the stage's end, or constant."""
-
-
-class StageConfig(Settings):
-    """One part of the curriculum."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-    """Used in logs and checkpoints."""
-    steps: Positive
-    """Optimizer steps."""
-    max_s: PositiveFloat | None = None
-    """Longest window of a sample used, in source seconds (`schemas.windows`); unset uses whole samples."""
-    window: Literal["prefix"] = "prefix"
-    """Which part of a longer sample is used: `prefix` is its first latent frames. `latentpress inspect
-    --drift` says how near these are to encoding the window alone."""
-    trainable: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = (".*",)
-    """Regexes over parameter names; one that matches nothing is an error."""
-    lr: LrConfig
-
-    @field_validator("trainable")
-    @classmethod
-    def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-        return patterns
-
-
-class TrainConfig(Settings):
-    """The config of `latentpress train`."""
-
-    dataset: Text
-    """Latent dataset written by `latentpress preprocess`, on a disk."""
-    output: Text
-    """Folder of the run: checkpoints, metrics, loss curve."""
-    seed: int = 0
-    """Seeds initialisation, order, noise and timesteps."""
-    model: ModelConfig = ModelConfig()
-    mesh: MeshConfig = MeshConfig()
-    precision: PrecisionConfig = PrecisionConfig()
-    data: DataConfig = DataConfig()
-    loss: LossConfig = LossConfig()
-    optim: OptimConfig = OptimConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1, strict=False)]
-
-    @field_validator("dataset")
-    @classmethod
-    def _on_a_disk(cls, dataset: str) -> str:
-        if is_url(dataset):
-            raise ValueError("training reads from a disk; copy the dataset to one and name that folder")
-        return dataset
-
-    @model_validator(mode="after")
-    def _stage_names(self) -> TrainConfig:
-        names = [stage.name for stage in self.stages]
-        if len(set(names)) != len(names):
-            raise ValueError(f"stage names must differ, found {names}")
-        return self

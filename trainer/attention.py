@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +63,7 @@ ROUTES: dict[str, AttentionFunction] = {"sdpa": sdpa}
 
 
 def choose_attention(
-    setting: Literal["auto", "sdpa"], *, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
+    setting: str, *, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
 ) -> Attention:
     """The route of `setting`, probed with the run's device, type and heads; RunError where it is wrong."""
     if setting == "auto":

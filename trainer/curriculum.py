@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from schemas.config import LrConfig, StageConfig
 from schemas.errors import ConfigError
+from schemas.train_config import LrConfig, StageConfig
 
 
 def total_steps(stages: Sequence[StageConfig]) -> int:

@@ -21,9 +21,9 @@ from types import TracebackType
 import numpy as np
 
 from schemas.bucket import PATCH
-from schemas.config import StageConfig, TrainConfig
 from schemas.errors import ConfigError
 from schemas.load import digest_of
+from schemas.train_config import StageConfig, TrainConfig
 from schemas.windows import prefix_frames
 from trainer.catalog import Catalog
 from trainer.curriculum import stage_at, total_steps

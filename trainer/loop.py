@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from schemas.adoption import adoption_notes
-from schemas.config import StageConfig, TrainConfig
 from schemas.errors import RunError
 from schemas.load import resolved_toml
+from schemas.train_config import StageConfig, TrainConfig
 from trainer import checkpoint
 from trainer.attention import Attention, choose_attention
 from trainer.catalog import Catalog

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from schemas.config import OptimConfig
 from schemas.errors import ConfigError
+from schemas.train_config import OptimConfig
 
 
 def set_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -22,8 +22,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from schemas.config import MeshConfig, PrecisionConfig
 from schemas.errors import ConfigError, LatentpressError
+from schemas.train_config import MeshConfig, PrecisionConfig
 
 T = TypeVar("T")
 Slices = tuple[slice, ...]

@@ -16,9 +16,9 @@ import diffusers
 import torch
 
 from schemas.card import Card
-from schemas.config import StageConfig, TrainConfig
 from schemas.errors import ConfigError, RunError, StaleDatasetError
 from schemas.load import config_digest
+from schemas.train_config import StageConfig, TrainConfig
 from trainer.checkpoint import Saved, all_incomplete, checkpoints_folder, newest
 from trainer.curriculum import total_steps
 from trainer.inputs import inputs_of

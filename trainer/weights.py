@@ -24,8 +24,8 @@ from torch import nn
 from schemas.adoption import read_adoptions
 from schemas.bucket import PATCH
 from schemas.card import Card
-from schemas.config import ModelConfig
 from schemas.errors import ConfigError
+from schemas.train_config import ModelConfig
 from trainer.catalog import Catalog
 from trainer.inputs import check_inputs
 from trainer.objective import Schedule, read_json, read_schedule

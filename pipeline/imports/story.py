@@ -23,7 +23,6 @@ from pipeline.imports.options import ImportOptions, as_named, open_cache
 from pipeline.imports.rows import by_caption, identified, paired_rows, require_same_prompts
 from pipeline.imports.survey import PromptFacts, survey_latents, survey_prompts
 from pipeline.imports.units import Importer, Sources
-from pipeline.model_files import find_model
 from pipeline.progress import Tally, open_log, say, track
 from pipeline.reindex import update_tables
 from pipeline.text_encode import load_text_encoder
@@ -35,6 +34,7 @@ from schemas.dataset import Dataset
 from schemas.errors import ConfigError, StaleDatasetError
 from schemas.history import History
 from schemas.index import lacks_empty_prompt
+from schemas.model_files import find_model
 from schemas.sample import Family
 from schemas.store import absolute
 from schemas.verdict import IMPORT_NAME

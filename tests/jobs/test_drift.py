@@ -22,10 +22,11 @@ from schemas.adoption import refuse_stale
 from schemas.bucket import video_tokens
 from schemas.card import read_card
 from schemas.codec import as_float32
-from schemas.config import LrConfig, PreprocessConfig, StageConfig, TrainConfig
+from schemas.config import PreprocessConfig
 from schemas.errors import ConfigError, DatasetError, StaleDatasetError
 from schemas.index import read_index, read_tensor
 from schemas.load import load_config
+from schemas.train_config import LrConfig, StageConfig, TrainConfig
 from tests.videos import make_video
 from trainer.catalog import Catalog
 from trainer.loader import Loader

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from jobs.train import export_model, train
-from schemas.config import TrainConfig
 from schemas.errors import ConfigError
 from schemas.load import load_config
+from schemas.train_config import TrainConfig
 from tests.trainer.datasets import write_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]

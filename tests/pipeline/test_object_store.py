@@ -19,11 +19,12 @@ from pipeline.graph import preprocess
 from schemas import patience
 from schemas.card import read_card
 from schemas.check import check_dataset
-from schemas.config import PreprocessConfig, TrainConfig
+from schemas.config import PreprocessConfig
 from schemas.errors import ConfigError, DatasetError, RunError
 from schemas.index import read_index, read_tensor
 from schemas.load import check_config
 from schemas.store import is_remote, location
+from schemas.train_config import TrainConfig
 from tests.object_server import Fault, ObjectServer
 from tests.pipeline.fake import ask, finish, make_dataset, make_rows, write_unit
 from tests.videos import make_video

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from schemas.config import PreprocessConfig, TrainConfig
+from schemas.config import PreprocessConfig
 from schemas.errors import ConfigError
 from schemas.load import config_digest, load_config, resolved_toml
+from schemas.train_config import TrainConfig
 
 MINIMAL = 'manifest = "m.jsonl"\noutput = "out"\n[[buckets]]\nnum_frames = 49\nheight = 480\nwidth = 720\n'
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -57,7 +57,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     import torch
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-    from schemas.config import MeshConfig
+    from schemas.train_config import MeshConfig
     from trainer.parallel import Member, join
 
     torch.set_num_threads(1)

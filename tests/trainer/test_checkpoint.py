@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from schemas.card import Card, read_card
-from schemas.config import OptimConfig, TrainConfig
 from schemas.errors import ConfigError, RunError, StaleDatasetError
 from schemas.load import check_config
+from schemas.train_config import OptimConfig, TrainConfig
 from tests.trainer.datasets import write_dataset
 from tests.trainer.gloo import on_two_ranks
 from tests.trainer.stock import clips, pack_inputs

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from schemas.config import LrConfig, StageConfig
 from schemas.errors import ConfigError
+from schemas.train_config import LrConfig, StageConfig
 from trainer.curriculum import lr_at, stage_at, total_steps
 
 STAGES = tuple(

@@ -12,8 +12,8 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTran
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
 from safetensors.torch import load_file, save_file
 
-from schemas.config import ModelConfig, OptimConfig
 from schemas.errors import ConfigError
+from schemas.train_config import ModelConfig, OptimConfig
 from tests.trainer.gloo import on_two_ranks
 from tests.trainer.stock import CONFIGS, packed_model, stock_model
 from tests.trainer.test_parallel import Values, alone, sharded_model, whole

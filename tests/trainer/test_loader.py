@@ -16,10 +16,10 @@ import torch
 
 from schemas.bucket import video_tokens
 from schemas.codec import Tensor, as_float32, checksum
-from schemas.config import DataConfig, LrConfig, StageConfig, TrainConfig
 from schemas.errors import ConfigError, DatasetError
 from schemas.scaling import Scaling, scale
 from schemas.tables import sealed_parquet
+from schemas.train_config import DataConfig, LrConfig, StageConfig, TrainConfig
 from tests.trainer.datasets import PROMPT_WIDTH, SHAPES, Shape, clip_tensors, prompt_tensors, write_dataset
 from trainer.catalog import Catalog
 from trainer.loader import Loader
@@ -40,7 +40,7 @@ def train_config(*stages: StageConfig, seed: int = 0, **data: int) -> TrainConfi
         dataset="set",
         output="run",
         seed=seed,
-        data=DataConfig(**{"budget_tokens": BUDGET, **data}),
+        data=DataConfig.model_validate({"budget_tokens": BUDGET, **data}),
         stages=stages or (stage(),),
     )
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
-from schemas.config import ModelConfig, TrainConfig
 from schemas.errors import RunError
 from schemas.load import check_config
+from schemas.train_config import ModelConfig, TrainConfig
 from tests.trainer.datasets import write_dataset
 from tests.trainer.gloo import on_two_ranks
 from tests.trainer.stock import CONFIGS, stock_loss

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from schemas.config import MeshConfig, OptimConfig, PrecisionConfig
 from schemas.errors import ConfigError
+from schemas.train_config import MeshConfig, OptimConfig, PrecisionConfig
 from tests.trainer.gloo import on_two_ranks
 from tests.trainer.stock import CONFIGS, SHAPES, clips, pack_inputs, packed_model
 from trainer.attention import sdpa

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.model_files import ModelFiles, commit_of, find_model
 from pipeline.video_encode import load_video_encoder
 from schemas.config import VideoEncoderConfig
 from schemas.errors import ConfigError
+from schemas.model_files import ModelFiles, commit_of, find_model
 from tests.pipeline.tiny_vaes import save_vae
 
 WEIGHTS = b"weights"
