@@ -209,7 +209,7 @@ class LrConfig(Settings):
     """Linear warm-up, in steps."""
     kind: Literal["cosine", "constant"] = "cosine"
     """After warm-up: cosine to zero at the stage's end, or constant."""
-    scale: Annotated[dict[str, NonNegativeFloat], Field(default_factory=dict)]
+    scale: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """Factors for parameters that a regex or a named group (as in `trainable`) finds, as in
     {"@long_context" = 10.0}; the first that fits counts."""
 
@@ -223,10 +223,9 @@ class FilterConfig(Settings):
     """Longest clip, in source seconds (`max_s` of a stage cuts longer ones instead)."""
     buckets: Annotated[tuple[Text, ...], Field(strict=False)] = ()
     """Names of buckets, as in "49x480x720"."""
-    tags: Annotated[
-        dict[str, Annotated[tuple[str | int | float | bool, ...], Field(strict=False)]],
-        Field(default_factory=dict),
-    ]
+    tags: dict[str, Annotated[tuple[str | int | float | bool, ...], Field(strict=False)]] = Field(
+        default_factory=dict
+    )
     """Extra columns of the manifest and the values that are wanted, as in {"style" = ["anime"]}."""
 
 

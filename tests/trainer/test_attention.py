@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def choose(setting: str = "auto") -> attention.Attention:
-    return choose_attention(setting, device=CPU, dtype=torch.float32, heads=2, head_dim=16)  # type: ignore[arg-type]
+    return choose_attention(setting, device=CPU, dtype=torch.float32, heads=2, head_dim=16)
 
 
 def one_span(
