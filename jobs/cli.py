@@ -17,8 +17,19 @@ import typer
 from schemas.errors import EXIT_FAILED, ConfigError, LatentpressError, MissingExtraError
 from schemas.store import location
 
-OPTIONAL = ("av", "diffusers", "matplotlib", "PIL", "ray", "safetensors", "torch", "transformers")
-"""Packages that the extras `pipeline` and `train` bring, as far as each needs them."""
+OPTIONAL = (
+    "av",
+    "diffusers",
+    "jinja2",
+    "matplotlib",
+    "PIL",
+    "ray",
+    "safetensors",
+    "submitit",
+    "torch",
+    "transformers",
+)
+"""Packages that the extras `pipeline`, `train` and `slurm` bring, as far as each needs them."""
 
 app = typer.Typer(
     name="latentpress",
@@ -39,6 +50,13 @@ Set = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Stage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="This stage alone, from its own `init` or model.init, in a subfolder of the run's output.",
+    ),
+]
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/preprocess/demo.toml.")
 ]
@@ -367,13 +385,86 @@ def train(
         Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/train/demo.toml.")
     ],
     nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
+    stage: Stage = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Train nothing: a step at learning rate 0, saved, exported and read again, must change "
+            "nothing, and captions must matter. Exit code 3 where it does or they do not.",
+        ),
+    ] = False,
     set_: Set = [],  # noqa: B006
 ) -> None:
     """Train a video model on a dataset.
 
     Run it again to resume from the newest complete checkpoint; also works under torchrun.
     """
-    raise typer.Exit(_job("train").train(config, overrides=set_, nproc=nproc))
+    if check and nproc > 1:
+        raise ConfigError("--check runs in one process; leave --nproc out")
+    if check:
+        raise typer.Exit(_job("train").check(config, overrides=set_, stage=stage))
+    raise typer.Exit(_job("train").train(config, overrides=set_, nproc=nproc, stage=stage))
+
+
+@app.command()
+def submit(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="TOML file, such as configs/train/demo.toml.")
+    ],
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="As a Slurm job that is queued again until the run is done.")
+    ] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="--slurm: machines.")] = 1,
+    gpus_per_node: Annotated[
+        int, typer.Option(min=0, help="--slurm: GPUs of each, one process a GPU; 0: one process, on CPUs.")
+    ] = 1,
+    cpus_per_task: Annotated[int, typer.Option(min=1, help="--slurm: cores of each process.")] = 8,
+    time_min: Annotated[
+        int,
+        typer.Option(
+            "--time", metavar="MINUTES", min=1, help="--slurm: longest time of one job, not of the run."
+        ),
+    ] = 240,
+    partition: Annotated[str | None, typer.Option(help="--slurm: partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="--slurm: account.")] = None,
+    sbatch: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=VALUE", help="--slurm: another option of sbatch, as qos=high; repeatable."
+        ),
+    ] = [],  # noqa: B006
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="On the Ray cluster at this address, or `auto`; waits for its end."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="--ray: processes, one per GPU.")] = 1,
+    stage: Stage = None,
+    set_: Set = [],  # noqa: B006
+) -> None:
+    """Train on a cluster: by Slurm or by Ray.
+
+    The same run as `train` makes: what one has begun the other resumes. Example:
+    latentpress submit configs/train/curriculum.toml --slurm --nodes 4 --gpus-per-node 8 --time 480
+    """
+    if slurm == (ray is not None):
+        raise ConfigError("expected --slurm or --ray ADDRESS, found " + ("both" if slurm else "none"))
+    if ray is not None:
+        code = _job("ray_train").submit_ray(config, overrides=set_, stage=stage, address=ray, workers=workers)
+        raise typer.Exit(code)
+    job = _job("submit")
+    options = job.SlurmOptions(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        cpus_per_task=cpus_per_task,
+        time_min=time_min,
+        partition=partition,
+        account=account,
+        sbatch=job.sbatch_options(sbatch),
+    )
+    raise typer.Exit(job.submit_slurm(config, overrides=set_, stage=stage, options=options))
 
 
 @app.command("export-model")
@@ -384,9 +475,31 @@ def export_model(
     output: Annotated[
         Path, typer.Argument(metavar="OUTPUT", help="Folder to write in the diffusers layout.")
     ],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add LoRA adapters into the matrices they stand beside.")
+    ] = False,
 ) -> None:
-    """Write a checkpoint's weights for diffusers."""
-    raise typer.Exit(_job("train").export_model(checkpoint, output))
+    """Write a checkpoint's weights for diffusers.
+
+    Adapters become pytorch_lora_weights.safetensors, which a pipeline's load_lora_weights opens.
+    """
+    raise typer.Exit(_job("train").export_model(checkpoint, output, merge=merge))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of train, finished or not.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Page to write; RUN/report.html by default.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Draw a training run as one HTML page.
+
+    Losses, gradient norm, speed, fill, waiting, memory and saves over the steps, sample sheets, settings and
+    what happened. The page holds its pictures, so it can be sent as it is.
+    """
+    raise typer.Exit(_job("report_run").report_run(run, output=output, as_json=json_))
 
 
 @bench.command("decode")
@@ -484,6 +597,117 @@ def bench_encode(
     )
 
 
+@bench.command("loader")
+def bench_loader(
+    dataset: Annotated[
+        Path | None,
+        typer.Argument(metavar="[DATASET]", help="Latent dataset in bfloat16; without one it is made up."),
+    ] = None,
+    clips: Annotated[int, typer.Option(min=1, help="Clips of a dataset that is made up.")] = 66,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Threads of ours, processes of the others, beside 0 of them.")
+    ] = 2,
+    reps: Annotated[int, typer.Option(min=1, help="Interleaved epochs; medians are reported.")] = 5,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers", help="First install the peers, each into an environment in the user's cache."
+        ),
+    ] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart to this PNG.")] = None,
+) -> None:
+    """How fast training data is read, beside its peers.
+
+    A bare read of the same bytes, webdataset, litdata and mosaicml-streaming.
+    """
+    _one_thread_per_process()
+    raise typer.Exit(
+        _job("bench_loader").loader(
+            dataset,
+            clips=clips,
+            workers=workers,
+            reps=reps,
+            peers=peers,
+            json_path=json_path,
+            plot_path=plot,
+        )
+    )
+
+
+@bench.command("packing")
+def bench_packing(
+    clips: Annotated[int, typer.Option(min=1, help="Clips of each kind of lengths.")] = 20_000,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share a step.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the lengths.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart to this PNG.")] = None,
+) -> None:
+    """How full packs are and how busy ranks.
+
+    The trainer's plan beside first-come packs, a sorted epoch, padded batches, batch 1 and buckets; it is
+    arithmetic alone.
+    """
+    raise typer.Exit(
+        _job("bench_packing").packing(clips, ranks=ranks, seed=seed, json_path=json_path, plot_path=plot)
+    )
+
+
+@bench.command("train")
+def bench_train(
+    model: Annotated[
+        str, typer.Option(help="tiny, cogvideox-2b, cogvideox-5b or dit, with random weights.")
+    ] = "tiny",
+    durations: Annotated[
+        str, typer.Option(help="Seconds of the clips, in equal shares; at 8 frames/s.")
+    ] = "3,9,18,30,63",
+    height: Annotated[
+        int | None, typer.Option(min=16, help="Pixels; 480 on a GPU and 48 on CPUs if not given.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=16, help="Pixels; 720 and 64.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of each clip; 226 and 16.")] = None,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens of a pack, in longest clips.")] = 2,
+    packs: Annotated[int, typer.Option(min=1, help="Packs per rank and step, about.")] = 4,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; bfloat16 on a GPU if not given.")
+    ] = None,
+    attention: Annotated[str, typer.Option(help="As model.attention.")] = "auto",
+    recompute: Annotated[str, typer.Option(help="As model.recompute.")] = "none",
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile every block.")] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Blocks, in place of the model's own.")] = None,
+    dataset: Annotated[
+        str, typer.Option(metavar="DATASET", help="Also measure waiting for the data of this dataset.")
+    ] = "",
+    reps: Annotated[int, typer.Option(min=1, help="Interleaved runs; medians are reported.")] = 5,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine, one per GPU.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart to this PNG.")] = None,
+) -> None:
+    """Tokens/s of training steps.
+
+    Packed beside padded to the longest and a clip at a time, deterministic kernels, what saves cost, and with
+    --dataset how long steps wait for data. Also works under torchrun.
+    """
+    job = _job("bench_train")
+    settings = job.settings(
+        model=model,
+        durations=durations,
+        height=height,
+        width=width,
+        prompt_tokens=prompt_tokens,
+        budget=budget,
+        packs=packs,
+        dtype=dtype,
+        attention=attention,
+        recompute=recompute,
+        compile=compile_,
+        layers=layers,
+        dataset=dataset,
+        reps=reps,
+    )
+    raise typer.Exit(job.train(settings, nproc=nproc, json_path=json_path, plot_path=plot))
+
+
 def _one_thread_per_process() -> None:
     """Before numpy is imported: workers and decoder children fill the cores, BLAS threads only fight them."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -506,7 +730,8 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in OPTIONAL:
             raise
-        extra = "train" if sys.argv[1] in ("train", "export-model") else "pipeline"
+        training = sys.argv[1] in ("train", "export-model", "report", "submit")
+        extra = {"submitit": "slurm", "ray": "pipeline"}.get(package, "train" if training else "pipeline")
         missing = MissingExtraError(package, extra)
         print(f"latentpress: {missing}", file=sys.stderr)
         sys.exit(missing.exit_code)

@@ -19,53 +19,117 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from schemas.card import read_card
-from schemas.errors import EXIT_DONE, EXIT_USAGE, ConfigError, LatentpressError, RunError
+from schemas.errors import EXIT_DONE, EXIT_GATE, EXIT_USAGE, ConfigError, LatentpressError, RunError
 from schemas.load import load_config
-from schemas.train_config import TrainConfig
+from schemas.store import location
+from schemas.train_config import MeshConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from trainer.parallel import Member
 
 Failure = tuple[int, str]
 """Exit code and message of a rank."""
 
 
-def train(config_path: str | Path, *, overrides: Sequence[str] = (), nproc: int = 1) -> int:
-    """Train, or resume, the run of a config on `nproc` local ranks; returns the exit code."""
-    config = load_config(config_path, TrainConfig, overrides=overrides)
-    if "RANK" in os.environ:
-        _train_here(config)
-        return EXIT_DONE
-    # Another run's output is refused, and nothing to do is said, before any rank starts.
-    from trainer.resume import already_finished, resume_point
+def train(
+    config_path: str | Path, *, overrides: Sequence[str] = (), nproc: int = 1, stage: str | None = None
+) -> int:
+    """Train, or resume, the run of a config on `nproc` local ranks; returns the exit code.
 
-    if already_finished(config, resume_point(config, read_card(Path(config.dataset)))):
-        return EXIT_DONE
-    if nproc == 1:
-        _train_here(config)
-    else:
-        _launch(config, nproc)
+    With `stage` that stage alone, from its own `init` or `model.init`, in a subfolder of the run's output.
+    """
+    config = run_config(config_path, overrides=overrides, stage=stage)
+    if "RANK" in os.environ:
+        train_here(config)
+    elif to_do(config, ranks=nproc):
+        if nproc == 1:
+            train_here(config)
+        else:
+            _launch(config, nproc)
     return EXIT_DONE
 
 
-def export_model(checkpoint: str | Path, output: str | Path) -> int:
+def run_config(config_path: str | Path, *, overrides: Sequence[str], stage: str | None) -> TrainConfig:
+    """The config of a run, or of one stage of it as a run of its own."""
+    config = load_config(config_path, TrainConfig, overrides=overrides)
+    if stage is None:
+        return config
+    chosen = [each for each in config.stages if each.name == stage]
+    if not chosen:
+        names = ", ".join(each.name for each in config.stages)
+        raise ConfigError(f"--stage {stage}: expected one of the stages of {config_path}: {names}")
+    return config.model_copy(update={"stages": tuple(chosen), "output": str(Path(config.output) / stage)})
+
+
+def to_do(config: TrainConfig, *, ranks: int) -> bool:
+    """Whether steps are left, and says so where not.
+
+    ConfigError where `ranks` do not make the mesh of the stage that is next, or the output is another run's:
+    before any rank starts, or waits in a queue.
+    """
+    from trainer.curriculum import stage_at
+    from trainer.parallel import MeshShape
+    from trainer.resume import already_finished, resume_point
+
+    cards = [read_card(location(dataset.path)) for dataset in config.mixture]
+    saved = resume_point(config, cards)
+    if already_finished(config, saved):
+        return False
+    stage, _ = stage_at(saved.step if saved else 0, config.stages)
+    MeshShape.of(stage.mesh or config.mesh, size=ranks)
+    return True
+
+
+def check(config_path: str | Path, *, overrides: Sequence[str], stage: str | None) -> int:
+    """Print what `trainer.check` finds of a config; returns the exit code."""
+    from jobs.console import console, table
+    from trainer import parallel
+    from trainer.check import check as run
+
+    config = run_config(config_path, overrides=overrides, stage=stage)
+    member, deterministic = parallel.Member.alone(), config.precision.deterministic
+    with parallel.join(member, MeshConfig(), deterministic=deterministic) as world:
+        findings = run(config.model_copy(update={"mesh": MeshConfig()}), world=world)
+    rows = table("check", "found", "")
+    for finding in findings:
+        outcome = {True: "ok", False: "FAILED", None: "cannot be told"}[finding.passed]
+        rows.add_row(finding.question, finding.found, outcome)
+    console.print(rows)
+    return EXIT_GATE if any(finding.passed is False for finding in findings) else EXIT_DONE
+
+
+def export_model(checkpoint: str | Path, output: str | Path, *, merge: bool = False) -> int:
     """Write a checkpoint's weights (or a run's newest) to a new folder in the diffusers layout."""
     from trainer.checkpoint import find_checkpoint
     from trainer.export import export
 
     saved = find_checkpoint(Path(checkpoint))
-    export(saved, Path(output))
-    print(f"{saved.path} (step {saved.step}) -> {output}")
+    notes = export(saved, Path(output), merge=merge)
+    print("\n  ".join([f"{saved.path} (step {saved.step}) -> {output}", *notes]))
     return EXIT_DONE
 
 
-def _train_here(config: TrainConfig) -> None:
+def train_here(config: TrainConfig) -> None:
     """This process as one rank: alone, or as the environment says."""
+    from trainer.parallel import Member
+
+    _train_as(Member.from_environment() if "RANK" in os.environ else Member.alone(), config)
+
+
+def _train_as(member: Member, config: TrainConfig) -> None:
     from trainer import parallel
     from trainer.loop import train as run
 
-    member = parallel.Member.from_environment() if "RANK" in os.environ else parallel.Member.alone()
+    pictures = None
+    if config.validation.samples:  # decoding needs more than training does
+        from jobs.pictures import make_pictures
+
+        pictures = make_pictures(config)
     with parallel.join(member, config.mesh, deterministic=config.precision.deterministic) as world:
-        run(config, world=world)
+        run(config, world=world, pictures=pictures)
 
 
 def _launch(config: TrainConfig, nproc: int) -> None:
@@ -121,17 +185,14 @@ def _rank(rank: int, size: int, port: int, config: TrainConfig, sender: Connecti
     import torch
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # re-exported without __all__
 
-    from trainer import parallel
-    from trainer.loop import train as run
+    from trainer.parallel import Member
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which ends all ranks
     threading.Thread(target=_die_with_launcher, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
-    member = parallel.Member(rank, rank, size, TCPStore("127.0.0.1", port, is_master=False))
     try:
-        with parallel.join(member, config.mesh, deterministic=config.precision.deterministic) as world:
-            run(config, world=world)
+        _train_as(Member(rank, rank, size, TCPStore("127.0.0.1", port, is_master=False)), config)
         sender.send(None)
     except LatentpressError as error:
         sender.send((error.exit_code, str(error)))

@@ -186,8 +186,8 @@ class ValidationConfig(Settings):
     """Share of the source files that is never trained on, by a hash of their content; 0: none, and losses
     and samples are of training clips."""
     every: NonNegative = 0
-    """Optimizer steps between validations; 0: at the end of each stage. Only where `share` or `samples` is
-    set."""
+    """Optimizer steps between validations; each stage ends with one too, and 0 means no others. Only where
+    `share` or `samples` is set."""
     clips: Positive = 64
     """Most clips whose loss is taken, the same ones each time."""
     timesteps: Annotated[tuple[Rate, ...], Field(min_length=1, strict=False)] = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -200,6 +200,20 @@ class ValidationConfig(Settings):
     """Classifier-free guidance against the empty prompt; 1: none."""
 
 
+class LrGroupConfig(Settings):
+    """A learning rate of their own for some parameters; warm-up is that of the others."""
+
+    match: Text
+    """Regex over parameter names, or a named group, as in `trainable`; of several groups the first that fits
+    counts."""
+    peak: NonNegativeFloat
+    """Highest value."""
+    kind: Literal["cosine", "constant"] = "cosine"
+    """After warm-up: cosine to `end` at the stage's end, or constant."""
+    end: NonNegativeFloat = 0.0
+    """Where the cosine ends."""
+
+
 class LrConfig(Settings):
     """Learning rate as a pure function of the step."""
 
@@ -208,10 +222,11 @@ class LrConfig(Settings):
     warmup: NonNegative = 0
     """Linear warm-up, in steps."""
     kind: Literal["cosine", "constant"] = "cosine"
-    """After warm-up: cosine to zero at the stage's end, or constant."""
-    scale: dict[str, NonNegativeFloat] = Field(default_factory=dict)
-    """Factors for parameters that a regex or a named group (as in `trainable`) finds, as in
-    {"@long_context" = 10.0}; the first that fits counts."""
+    """After warm-up: cosine to `end` at the stage's end, or constant."""
+    end: NonNegativeFloat = 0.0
+    """Where the cosine ends."""
+    groups: Annotated[tuple[LrGroupConfig, ...], Field(strict=False)] = ()
+    """Other rates for some parameters, as in [{ match = "@long_context", peak = 1e-4 }]."""
 
 
 class FilterConfig(Settings):
@@ -264,6 +279,8 @@ class StageConfig(Settings):
     """In place of data.budget_tokens."""
     slots: Positive | None = None
     """In place of data.slots."""
+    token_multiple: Positive = 1
+    """What the tokens of every window must be a multiple of; TTT-Video's layers take blocks of 64."""
     mesh: MeshConfig | None = None
     """In place of `mesh`."""
     trainable: Annotated[tuple[str, ...], Field(strict=False)] = ()

@@ -1,11 +1,10 @@
 """Packed attention: one token stream of several clips in, the same stream attended within each clip out.
 
-Every route has one signature, `(q, k, v, cu_seqlens, max_seqlen) -> out`. A route is chosen once, at
-start, with its reason, and must first agree with a plain float32 reference, forward and backward. An
-explicit setting never falls back. Measured on a CPU, `sdpa` is the only route worth having: padding
-takes 7 to 8 times as long, a dense mask 5 times, nested tensors 21 to 28 times.
+Every route (`trainer.routes`) has one signature, and another for cross attention with bounds of its own for
+the keys. Here are both, what they know of bounds, and `sdpa`, which works everywhere. Measured on a CPU it is
+the only one worth having: padding takes 7 to 8 times as long, a dense mask 5 times, nested tensors 21 to 28.
 
-L packed tokens, N heads, D width of a head, B segments (clips).
+L packed tokens, M packed keys, N heads, D width of a head, B segments (clips, or spans of clips).
 """
 
 from __future__ import annotations
@@ -13,20 +12,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-from schemas.errors import RunError
+from torch.utils.weak import WeakTensorKeyDictionary
 
 AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 """q, k, v [L, N, D], cu_seqlens [B + 1] int32, max_seqlen (host int) -> [L, N, D]."""
 
-PROBE_LENGTHS = (5, 1, 17, 9)
-"""Segments of the start-up probe: odd, single-token and longer ones."""
+CrossAttentionFunction = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor
+]
+"""q [L, N, D], k, v [M, N, D], cu_q, cu_k [B + 1] int32, max_q, max_k (host ints) -> [L, N, D]."""
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest error of the probe, relative to the largest value of the reference."""
+_host_bounds: Any = WeakTensorKeyDictionary()
+"""Bounds on a device -> the same on the host, as long as the tensor lives."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,18 @@ class Attention:
     name: str
     reason: str
     function: AttentionFunction
+    cross: CrossAttentionFunction
+
+
+def within(cross: CrossAttentionFunction) -> AttentionFunction:
+    """Self attention by a route: keys have the bounds of the queries."""
+
+    def function(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        return cross(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+
+    return function
 
 
 def segment_lengths(bounds: Sequence[int], *, num_tokens: int) -> list[int]:
@@ -49,63 +62,44 @@ def segment_lengths(bounds: Sequence[int], *, num_tokens: int) -> list[int]:
     return lengths
 
 
-def sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+def host_bounds(cu_seqlens: torch.Tensor) -> list[int]:
+    """The bounds as numbers. On a GPU the first call waits for the device, later ones do not."""
+    if cu_seqlens.device.type == "cpu":
+        return cu_seqlens.tolist()
+    if cu_seqlens not in _host_bounds:
+        _host_bounds[cu_seqlens] = cu_seqlens.tolist()
+    bounds: list[int] = _host_bounds[cu_seqlens]
+    return bounds
+
+
+def remember_bounds(cu_seqlens: torch.Tensor, bounds: list[int]) -> None:
+    """Spare `host_bounds` the wait: `bounds` are what `cu_seqlens` will hold on its device."""
+    if cu_seqlens.device.type != "cpu":
+        _host_bounds[cu_seqlens] = bounds
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def sdpa_cross(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
 ) -> torch.Tensor:
-    """One scaled-dot-product call per segment; on a GPU reading the bounds waits for the device."""
-    lengths = segment_lengths(cu_seqlens.tolist(), num_tokens=q.shape[0])
+    """One scaled-dot-product call per segment."""
+    queries = segment_lengths(host_bounds(cu_q), num_tokens=q.shape[0])
+    keys = segment_lengths(host_bounds(cu_k), num_tokens=k.shape[0])
     # [1, N, L, D]: only four dimensions reach the fused kernels.
-    parts = zip(*(x.transpose(0, 1)[None].split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    parts = zip(
+        *(
+            x.transpose(0, 1)[None].split(lengths, dim=2)
+            for x, lengths in ((q, queries), (k, keys), (v, keys))
+        ),
+        strict=True,
+    )
     return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], dim=2)[0].transpose(0, 1)
 
 
-ROUTES: dict[str, AttentionFunction] = {"sdpa": sdpa}
-
-
-def choose_attention(
-    setting: str, *, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
-) -> Attention:
-    """The route of `setting`, probed with the run's device, type and heads; RunError where it is wrong."""
-    if setting == "auto":
-        name, reason = "sdpa", f"auto on {device.type}: one call per segment needs no mask and no padding"
-    else:
-        name, reason = setting, "set by model.attention"
-    error = probe(ROUTES[name], device=device, dtype=dtype, heads=heads, head_dim=head_dim)
-    if not error <= TOLERANCE[dtype]:
-        raise RunError(
-            f"attention route {name!r} disagrees with the float32 reference on this machine: relative "
-            f"error {error:.1e}, expected at most {TOLERANCE[dtype]:.0e} in {dtype}; set model.attention to "
-            "another route"
-        )
-    return Attention(name, f"{reason}; probe error {error:.0e}", ROUTES[name])
-
-
-def probe(
-    function: AttentionFunction, *, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int
-) -> float:
-    """Largest relative error of output and gradients on four segments against the float32 reference."""
-    bounds = [0, *itertools.accumulate(PROBE_LENGTHS)]
-    generator = torch.Generator().manual_seed(0)
-    shape = (4, bounds[-1], heads, head_dim)
-    q, k, v, weight = torch.randn(shape, generator=generator).to(device, dtype).unbind()
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
-
-    def run(function: AttentionFunction, dtype: torch.dtype) -> list[torch.Tensor]:
-        a, b, c = (tensor.to(dtype).detach().requires_grad_() for tensor in (q, k, v))
-        out = function(a, b, c, cu_seqlens, max(PROBE_LENGTHS))
-        return [out, *torch.autograd.grad((out * weight.to(dtype)).sum(), (a, b, c))]
-
-    found, expected = run(function, dtype), run(_reference, torch.float32)
-    errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True)]
-    return float(torch.tensor(errors).max())  # unlike max(), keeps a NaN
-
-
-def _reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-) -> torch.Tensor:
-    """Softmax attention written out, segment by segment; shares nothing with the routes."""
-    out = torch.empty_like(q)
-    for start, end in itertools.pairwise(cu_seqlens.tolist()):
-        scores = torch.einsum("qnd,knd->nqk", q[start:end], k[start:end]) / q.shape[-1] ** 0.5
-        out[start:end] = torch.einsum("nqk,knd->qnd", scores.softmax(-1), v[start:end])
-    return out
+sdpa = within(sdpa_cross)

@@ -1,26 +1,30 @@
 """The catalog: a dataset's card and index in, checked columns out as plain arrays, one entry per sample.
 
 What can be wrong with an index is found here, before training starts, with the name of the first
-sample concerned. Rows are ordered shard by shard, whatever order the index file has. Captions, frame
-weights and the like are dropped: they are the bulk of an index and no step needs them.
+sample concerned. Rows are ordered shard by shard, whatever order the index file has. Captions are dropped:
+they are the bulk of an index and no step needs them. Other columns of the manifest and frame weights are read
+when a stage asks for them, at the price of opening the index again.
 
 T latent frames, C channels, H, W latent pixels, S prompt tokens, D prompt width.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from schemas.bucket import PATCH
 from schemas.card import read_card
 from schemas.codec import DTYPES
-from schemas.errors import DatasetError
-from schemas.index import read_index
+from schemas.errors import ConfigError, DatasetError
+from schemas.index import lacks_empty_prompt, read_empty_prompt, read_index
+from schemas.windows import latents_of
+from trainer.order import hash_strings
 
 _FLOATS = ("F32", "F16", "BF16")
 _TENSOR_FIELDS = ("offset", "nbytes", "checksum")
@@ -37,7 +41,7 @@ class Places:
     offset: np.ndarray
     """[n] bytes from the start of the shard."""
     shape: np.ndarray
-    """[n, 4] T, C, H, W or [n, 2] S, D."""
+    """[n, 4] T, C, H, W (T = 1 for a first frame's own tensors) or [n, 2] S, D."""
     dtype: str
     """safetensors tag, the same for all samples."""
     checksum: pa.Array
@@ -46,9 +50,10 @@ class Places:
 class Catalog:
     """All samples of a dataset; arrays are indexed by row."""
 
-    def __init__(self, dataset: Path) -> None:
-        self.dataset = Path(dataset)
-        self.card = read_card(self.dataset)
+    def __init__(self, dataset: str | Path) -> None:
+        """`dataset` is a folder or a URL, see `schemas.store.location`."""
+        self.dataset = dataset
+        self.card = read_card(dataset)
         self._table = self._read()
         for name in self._table.column_names:
             self._require(self._column(name).is_valid().to_numpy(False), f"a value of {name}")
@@ -56,6 +61,10 @@ class Catalog:
             name: self._places(name, shard="shard", shape="shape", dtype="dtype", rank=4)
             for name in self.card.latent_tensors
         }
+        for name in self.card.image_tensors:
+            self.places[name] = self._places(
+                name, shard="shard", shape="shape", dtype="dtype", rank=4, first=True
+            )
         self.places["prompt_embeds"] = self._places(
             "prompt_embeds",
             shard="prompt_shard",
@@ -68,7 +77,14 @@ class Catalog:
         """[n, 4] T, C, H, W."""
         self.prompt_shapes = self.places["prompt_embeds"].shape
         """[n, 2] S, D."""
-        self.shard_sizes: np.ndarray = np.bincount(latents.shard)
+        self.shards = latents.shard
+        """[n] number of the shard of a sample's latents; ascending."""
+        buckets = self._column("bucket").dictionary_encode()
+        self.bucket_names: list[str] = buckets.dictionary.to_pylist()
+        self.buckets: np.ndarray = buckets.indices.to_numpy()
+        """[n] position in `bucket_names`."""
+        self.clip_hashes = hash_strings(self._column("sample_id"))
+        """[n] uint64, equal for rows of one clip, which are neighbours and differ in caption."""
         pts = self._column("pts_s")
         self.pts_s: np.ndarray = pts.flatten().to_numpy(zero_copy_only=False)
         """Times of all samples' frames, one sample after the other, in source seconds."""
@@ -87,18 +103,45 @@ class Catalog:
     def caption_digest(self, row: int) -> str:
         return str(self._column("caption_digest")[row].as_py())
 
-    def digest(self) -> str:
-        """Equal for equal samples in equal shards, wherever the dataset lies."""
-        state = hashlib.sha256(self.card.fingerprint.encode() + self.shard_sizes.tobytes())
-        for name in ("sample_id", "caption_digest"):
-            state.update("\n".join(self._column(name).to_pylist()).encode())
-        return state.hexdigest()
+    @cached_property
+    def row_hashes(self) -> np.ndarray:
+        """[n] uint64 of clip and caption."""
+        # Not the plain xor, which would be the same for two clips that have each other's captions.
+        return self.clip_hashes * np.uint64(3) ^ hash_strings(self._column("caption_digest"))
+
+    @cached_property
+    def source_hashes(self) -> np.ndarray:
+        """[n] uint64 of the content of the file that a sample is from."""
+        return hash_strings(self._column("source_digest"))
+
+    @cached_property
+    def empty_prompt_tokens(self) -> int:
+        """Tokens of the empty prompt; ConfigError where the dataset has none."""
+        if lacks_empty_prompt(self.dataset):
+            raise ConfigError(
+                f"data.caption_dropout needs the empty prompt, and {self.dataset} was imported from a cache "
+                "without one; set it to 0"
+            )
+        return read_empty_prompt(self.dataset)["prompt_embeds"].shape[0]
+
+    def extra(self) -> pa.Array:
+        """[n] other columns of each sample's manifest row, as JSON, or empty; read anew each time."""
+        return pc.fill_null(self._read_again("extra"), "")
+
+    def frame_weights(self) -> np.ndarray:
+        """float32, one for each of `pts_s`, or DatasetError where a sample has none; read anew each time."""
+        weights = self._read_again("frame_weights")
+        has = weights.is_valid().to_numpy(False) & (
+            pc.fill_null(weights.value_lengths(), 0).to_numpy() == np.diff(self.pts_offsets)
+        )
+        self._require(has, "frame_weights for loss.keyframe_lambda (imported latents have none)")
+        return weights.flatten().to_numpy(zero_copy_only=False)
 
     def _read(self) -> pa.Table:
-        columns = ["sample_id", "caption_digest", "num_frames", "effective_fps", "pts_s"]
-        columns += ["shard", "shape", "dtype"]
+        columns = ["sample_id", "caption_digest", "source_digest", "bucket", "num_frames", "effective_fps"]
+        columns += ["pts_s", "shard", "shape", "dtype"]
         columns += ["prompt_shard", "prompt_embeds_shape", "prompt_embeds_dtype"]
-        for name in (*self.card.latent_tensors, "prompt_embeds"):
+        for name in (*self.card.latent_tensors, *self.card.image_tensors, "prompt_embeds"):
             columns += [f"{name}_{field}" for field in _TENSOR_FIELDS]
         table = read_index(self.dataset)
         if missing := sorted(set(columns) - set(table.column_names)):
@@ -110,18 +153,27 @@ class Catalog:
             raise DatasetError(
                 f"{self.dataset} holds no samples to train on; its quarantine.parquet says what failed"
             )
-        order = [(name, "ascending") for name in ("shard", "sample_id", "caption_digest")]
-        return table.select(columns).sort_by(order).combine_chunks()
+        keys = [(name, "ascending") for name in ("shard", "sample_id", "caption_digest")]
+        self._order = pc.sort_indices(table, sort_keys=keys)
+        return table.select(columns).take(self._order).combine_chunks()
+
+    def _read_again(self, column: str) -> pa.Array:
+        return read_index(self.dataset, columns=[column])[column].take(self._order).combine_chunks()
 
     def _column(self, name: str) -> pa.Array:
         return self._table[name].chunk(0)
 
-    def _places(self, name: str, *, shard: str, shape: str, dtype: str, rank: int) -> Places:
+    def _places(
+        self, name: str, *, shard: str, shape: str, dtype: str, rank: int, first: bool = False
+    ) -> Places:
+        """`first`: of what is stored of the first frame alone, so with T = 1."""
         shards = self._column(shard).dictionary_encode()
         shapes = self._column(shape)
         self._require(shapes.value_lengths().to_numpy() == rank, f"a {shape} of {rank} numbers")
         dims = shapes.flatten().to_numpy().reshape(-1, rank)
         self._require((dims > 0).all(1), f"a positive {shape}")
+        if first:
+            dims = np.column_stack([np.ones(len(dims), dims.dtype), dims[:, 1:]])
         tags = self._column(dtype).to_numpy(False)
         tag = str(tags[0])
         if tag not in _FLOATS:
@@ -141,10 +193,8 @@ class Catalog:
     def _check(self) -> None:
         geometry = self.card.geometry
         num_frames = self._column("num_frames").to_numpy()
-        counts, of_row = np.unique(num_frames, return_inverse=True)
-        latent_frames = [geometry.latent_frames(n) if geometry.takes(n) else 0 for n in counts.tolist()]
         self._require(
-            self.shapes[:, 0] == np.array(latent_frames)[of_row],
+            self.shapes[:, 0] == latents_of(num_frames, geometry),
             f"the latent frames of its num_frames, which are {geometry.rule}",
         )
         self._require(self.shapes[:, 1] == geometry.channels, f"{geometry.channels} latent channels")

@@ -1,23 +1,26 @@
 """Collation: noisy clips of any shapes and their prompts in, one flat token stream for the model out.
 
-Each segment is its prompt, then its video; nothing is padded. Index tables are built here, on the
-host, once per pack, so that the forward pass only gathers and never asks the device for a size.
+Each span of a clip (`trainer.layout`) is a prompt, then its video; nothing is padded. Index tables are built
+here, on the host, once per pack, so that the forward pass only gathers and never asks the device for a size.
 
-T, C, H, W latents of one clip; V video tokens, X prompt tokens, L = V + X; B segments; P = channels of
-a patch; D prompt width, D_h width of a head, E width of the model.
+T, C, H, W latents of one clip; B clips, A spans; V video tokens, X prompt tokens, L tokens of the stream:
+each video token once, and each prompt once per span of its clip, or not at all where text is kept apart.
+P channels of a patch; D prompt width, D_h width of a head, E width of the model.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Self
 
 import torch
 
-from trainer.attention import segment_lengths
-from trainer.positions import Grid, rotary_table, sincos_table
+from trainer.attention import remember_bounds, segment_lengths
+from trainer.layout import Grid, Layout, check_clips, span_patches
+from trainer.positions import clip_positions, learned_rows, span_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,45 +28,68 @@ class PackedInputs:
     """Everything the transformer needs of one pack; ValueError where the parts disagree."""
 
     video: torch.Tensor
-    """[V, P] float32 patches, segment after segment."""
+    """[V, P] float32 patches, clip after clip."""
     text: torch.Tensor
-    """[X, D] float32 prompt embeddings, segment after segment."""
+    """[X, D] float32 prompt embeddings, clip after clip, each once."""
     timesteps: torch.Tensor
-    """[B] int64."""
+    """[B] int64 or float32."""
     order: torch.Tensor
-    """[L] int64: the row of cat([video, text]) at each place of the stream."""
+    """[L] int64: the row of cat([video, text]) at each place of the stream; a prompt's rows once per span."""
     video_places: torch.Tensor
     """[V] int64: the place of each video token in the stream."""
     modulation_row: torch.Tensor
-    """[L] int64: segment for video, B + segment for text."""
+    """[L] int64: clip for video, B + clip for text."""
     cu_seqlens: torch.Tensor
-    """[B + 1] int32: where segments start and end in the stream."""
+    """[A + 1] int32: where spans start and end in the stream."""
     max_seqlen: int
-    """Longest segment; a host number, so that no kernel launch waits for the device."""
+    """Longest span; a host number, so that no kernel launch waits for the device."""
+    clip_seqlens: torch.Tensor
+    """[B + 1] int32: where clips start and end in the stream."""
+    max_clip: int
+    """Longest clip."""
+    clip_bounds: torch.Tensor
+    """`clip_seqlens`, always on the host, for what takes clip after clip."""
+    text_seqlens: torch.Tensor
+    """[B + 1] int32: where prompts start and end in `text`."""
+    max_text: int
+    """Longest prompt."""
     video_lengths: tuple[int, ...]
-    """Video tokens of each segment."""
+    """Video tokens of each clip."""
     cos: torch.Tensor | None
     """[L, D_h] rotary table, 1 on text; None for absolute positions."""
     sin: torch.Tensor | None
     """[L, D_h], 0 on text."""
+    clip_cos: torch.Tensor | None
+    """[L, D_h] as `cos`, counted on through the spans of a clip, for long-context layers; None where every
+    clip is one span."""
+    clip_sin: torch.Tensor | None
+    """[L, D_h]."""
     positions: torch.Tensor | None
     """[V, E] added to the embedded patches; None for rotary positions."""
+    learned_row: torch.Tensor | None
+    """[V + X] int64: the row of the model's learned positions for each row of cat([video, text])."""
 
     def __post_init__(self) -> None:
-        tokens, segments = len(self.order), len(self.timesteps)
-        lengths = segment_lengths(self.cu_seqlens.tolist(), num_tokens=tokens)
+        tokens, clips, videos = len(self.order), len(self.timesteps), len(self.video)
+        rows = videos + len(self.text)
+        spans = segment_lengths(self.cu_seqlens.tolist(), num_tokens=tokens)
+        lengths = segment_lengths(self.clip_seqlens.tolist(), num_tokens=tokens)
+        prompts = segment_lengths(self.text_seqlens.tolist(), num_tokens=len(self.text))
+        shared = set(self.clip_seqlens.tolist()) & set(self.cu_seqlens.tolist())
         checks = {
-            "video + text": (len(self.video) + len(self.text), tokens),
             "modulation_row": (len(self.modulation_row), tokens),
-            "video_places": (len(self.video_places), len(self.video)),
-            "sum of video_lengths": (sum(self.video_lengths), len(self.video)),
-            "segments": (len(lengths), segments),
-            "max_seqlen": (self.max_seqlen, max(lengths)),
+            "video_places": (len(self.video_places), videos),
+            "sum of video_lengths": (sum(self.video_lengths), videos),
+            "clips": (len(lengths), clips),
+            "prompts": (len(prompts), clips),
+            "bounds of clips that are bounds of spans": (len(shared), clips + 1),
+            "max_seqlen": (self.max_seqlen, max(spans)),
+            "max_clip": (self.max_clip, max(lengths)),
+            "max_text": (self.max_text, max(prompts)),
             "cos": (tokens if self.cos is None else len(self.cos), tokens),
-            "positions": (
-                len(self.video) if self.positions is None else len(self.positions),
-                len(self.video),
-            ),
+            "clip_cos": (tokens if self.clip_cos is None else len(self.clip_cos), tokens),
+            "positions": (videos if self.positions is None else len(self.positions), videos),
+            "learned_row": (rows if self.learned_row is None else len(self.learned_row), rows),
         }
         wrong = [
             f"{name}: expected {want}, found {found}"
@@ -73,53 +99,95 @@ class PackedInputs:
         if wrong:
             raise ValueError("a pack's parts disagree; " + "; ".join(wrong))
 
-    def to(self, device: torch.device) -> PackedInputs:
+    def to(self, device: torch.device) -> Self:
         """The same pack with its tensors on `device`."""
         if device == self.video.device:
             return self
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            if torch.is_tensor(value):
-                values[name] = value.to(device, non_blocking=True)
-        return PackedInputs(**values)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Self:
+        """The same pack in pinned host memory."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        moved = copy.copy(self)  # not built anew: the checks would wait for the device to have the bounds
+        for field in fields(self):
+            if torch.is_tensor(value := getattr(self, field.name)) and field.name != "clip_bounds":
+                object.__setattr__(moved, field.name, change(value))
+        for name in ("cu_seqlens", "clip_seqlens", "text_seqlens"):
+            remember_bounds(getattr(moved, name), getattr(self, name).tolist())
+        return moved
 
 
 def collate(
-    latents: Sequence[torch.Tensor], prompts: Sequence[torch.Tensor], timesteps: Sequence[int], *, config: Any
+    latents: Sequence[torch.Tensor],
+    prompts: Sequence[torch.Tensor],
+    timesteps: Sequence[float],
+    *,
+    layout: Layout,
+    images: Sequence[torch.Tensor | None] | None = None,
 ) -> PackedInputs:
-    """Noisy `latents` [T, C, H, W], `prompts` [S, D] and one timestep per clip, for a diffusers `config`."""
+    """Noisy `latents` [T, C, H, W], `prompts` [S, D] and one timestep per clip, for a model of `layout`.
+
+    T is a multiple of `patch_t` (`fill_patches`). `images` [1, C, H, W] are the conditions of a layout with
+    `image`; where there is none they are zeros, as for a visit that dropped it. Whole timesteps stay whole.
+    """
     count = len(latents)
-    if not count == len(prompts) == len(timesteps):
+    images = [None] * count if images is None else images
+    if not count == len(prompts) == len(timesteps) == len(images) or not count:
         raise ValueError(
-            f"expected as many of each, found {count} latents, {len(prompts)} prompts, "
-            f"{len(timesteps)} timesteps"
+            f"expected as many of each, and some, found {count} latents, {len(prompts)} prompts, "
+            f"{len(timesteps)} timesteps, {len(images)} images"
         )
-    patch, patch_t = config.patch_size, config.patch_size_t or 1
-    grids = [(t // patch_t, h // patch, w // patch) for t, _, h, w in (x.shape for x in latents)]
-    video_lengths = [t * h * w for t, h, w in grids]
-    text_lengths = [len(prompt) for prompt in prompts]
-    bounds = [0, *itertools.accumulate(a + b for a, b in zip(text_lengths, video_lengths, strict=True))]
-    rows = torch.arange(bounds[-1])
-    video_rows = torch.split(rows[: sum(video_lengths)], video_lengths)
-    text_rows = torch.split(rows[sum(video_lengths) :], text_lengths)
-    order = torch.cat([part for pair in zip(text_rows, video_rows, strict=True) for part in pair])
-    is_text = order >= sum(video_lengths)
-    segment = torch.repeat_interleave(torch.arange(count), torch.tensor(bounds).diff())
-    cos, sin, positions = _positions(grids, text_lengths, config)
+    if layout.image:
+        latents = [with_image(clip, image) for clip, image in zip(latents, images, strict=True)]
+    elif any(image is not None for image in images):
+        raise ValueError("found image latents, and a model that takes none")
+    check_clips(((t, h, w) for t, _, h, w in (clip.shape for clip in latents)), layout)
+    video = [patchify(clip, patch=layout.patch, patch_t=layout.patch_t) for clip in latents]
+    grids = [
+        (t // layout.patch_t, h // layout.patch, w // layout.patch)
+        for t, _, h, w in (clip.shape for clip in latents)
+    ]
+    spans = [span_patches(grid[0], layout) for grid in grids]
+    stream = _stream(grids, spans, [len(prompt) for prompt in prompts], joint=layout.text == "joint")
+    cos, sin, positions = span_positions(grids, spans, stream.texts, layout)
+    clip_cos, clip_sin = clip_positions(grids, spans, stream.texts, layout)
+    learned_row = learned_rows(grids, [len(prompt) for prompt in prompts], layout) if layout.learned else None
     return PackedInputs(
-        video=torch.cat([patchify(clip, patch=patch, patch_t=patch_t) for clip in latents]),
+        video=torch.cat(video),
         text=torch.cat(list(prompts)),
         timesteps=torch.tensor(timesteps),
-        order=order,
-        video_places=rows[~is_text],
-        modulation_row=segment + count * is_text,
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        max_seqlen=max(end - start for start, end in itertools.pairwise(bounds)),
-        video_lengths=tuple(video_lengths),
+        order=stream.order,
+        video_places=(stream.order < sum(map(len, video))).nonzero().flatten(),
+        modulation_row=stream.modulation_row,
+        cu_seqlens=_bounds(stream.spans),
+        max_seqlen=max(stream.spans),
+        clip_seqlens=_bounds(stream.clips),
+        clip_bounds=_bounds(stream.clips),
+        max_clip=max(stream.clips),
+        text_seqlens=_bounds([len(prompt) for prompt in prompts]),
+        max_text=max(map(len, prompts)),
+        video_lengths=tuple(map(len, video)),
         cos=cos,
         sin=sin,
+        clip_cos=clip_cos,
+        clip_sin=clip_sin,
         positions=positions,
+        learned_row=learned_row,
     )
+
+
+def with_image(latents: torch.Tensor, image: torch.Tensor | None) -> torch.Tensor:
+    """[T, C, H, W] -> [T, 2 C, H, W]: the image latents [1, C, H, W] beside the first frame, else zeros.
+
+    T is that of `fill_patches`: CogVideoX 1.5 has the image at the repeated frame alone (diffusers'
+    CogVideoXImageToVideoPipeline and THUDM/CogVideo finetune/ agree).
+    """
+    beside = torch.zeros_like(latents)
+    if image is not None:
+        beside[:1] = image
+    return torch.cat([latents, beside], dim=1)
 
 
 def patchify(latents: torch.Tensor, *, patch: int, patch_t: int) -> torch.Tensor:
@@ -136,36 +204,39 @@ def patchify(latents: torch.Tensor, *, patch: int, patch_t: int) -> torch.Tensor
     return cut.permute(0, 3, 5, 2, 1, 4, 6).flatten(3).flatten(0, 2)
 
 
-def fill_patches(latents: torch.Tensor, *, patch_t: int | None) -> torch.Tensor:
-    """`latents` with the first frame repeated in front until T is a multiple of `patch_t`.
+@dataclass(frozen=True)
+class _Stream:
+    """How clips and prompts lie in the stream."""
 
-    CogVideoX 1.5 is trained so (THUDM/CogVideo finetune/, compute_loss), and its pipeline drops the
-    same number of leading frames from what it samples.
-    """
-    missing = -len(latents) % (patch_t or 1)
-    return torch.cat([latents[:1].expand(missing, -1, -1, -1), latents]) if missing else latents
+    order: torch.Tensor
+    modulation_row: torch.Tensor
+    texts: list[int]
+    """Prompt tokens in front of each span."""
+    spans: list[int]
+    """Tokens of each span."""
+    clips: list[int]
+    """Tokens of each clip."""
 
 
-def _positions(
-    grids: Sequence[Grid], text_lengths: Sequence[int], config: Any
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(cos, sin, None) for rotary models, (None, None, positions) for absolute ones."""
-    if not config.use_rotary_positional_embeddings:
-        tables = [
-            sincos_table(
-                grid,
-                width=config.num_attention_heads * config.attention_head_dim,
-                spatial_scale=config.spatial_interpolation_scale,
-                temporal_scale=config.temporal_interpolation_scale,
-            )
-            for grid in grids
-        ]
-        return None, None, torch.cat(tables)
-    base = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
-    width = config.attention_head_dim
-    cos, sin = [], []
-    for grid, length in zip(grids, text_lengths, strict=True):
-        clip_cos, clip_sin = rotary_table(grid, head_dim=width, base=None if config.patch_size_t else base)
-        cos += [torch.ones(length, width), clip_cos]  # text is not rotated
-        sin += [torch.zeros(length, width), clip_sin]
-    return torch.cat(cos), torch.cat(sin), None
+def _stream(
+    grids: Sequence[Grid], spans: Sequence[Sequence[int]], text_lengths: Sequence[int], *, joint: bool
+) -> _Stream:
+    count, num_video = len(grids), sum(t * h * w for t, h, w in grids)
+    video_row, text_row = 0, num_video
+    order, modulation_row, span_texts, span_lengths, clip_lengths = [], [], [], [], []
+    for clip, ((_, height, width), patches, text) in enumerate(zip(grids, spans, text_lengths, strict=True)):
+        shown = text if joint else 0
+        for frames in patches:
+            video = frames * height * width
+            order += [torch.arange(text_row, text_row + shown), torch.arange(video_row, video_row + video)]
+            modulation_row += [torch.full((shown,), count + clip), torch.full((video,), clip)]
+            span_texts.append(shown)
+            span_lengths.append(shown + video)
+            video_row += video
+        clip_lengths.append(sum(span_lengths[-len(patches) :]))
+        text_row += text
+    return _Stream(torch.cat(order), torch.cat(modulation_row), span_texts, span_lengths, clip_lengths)
+
+
+def _bounds(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)

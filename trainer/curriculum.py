@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from schemas.errors import ConfigError
-from schemas.train_config import LrConfig, StageConfig
+from schemas.train_config import DataConfig, LrConfig, LrGroupConfig, StageConfig
 
 
 def total_steps(stages: Sequence[StageConfig]) -> int:
@@ -31,15 +31,26 @@ def stage_at(step: int, stages: Sequence[StageConfig]) -> tuple[StageConfig, int
     )
 
 
-def lr_at(step_in_stage: int, lr: LrConfig, *, steps: int) -> float:
-    """Learning rate of a step: linear to `peak` over `warmup` steps, then cosine to 0 at `steps`, or flat.
+def slots_of(stage: StageConfig, data: DataConfig) -> int:
+    """Packs of each of a stage's steps, over all ranks."""
+    return stage.slots or data.slots
+
+
+def budget_of(stage: StageConfig, data: DataConfig) -> int:
+    """Tokens that each of a stage's packs has room for."""
+    return stage.budget_tokens or data.budget_tokens
+
+
+def lr_at(step_in_stage: int, lr: LrConfig, *, steps: int, group: LrGroupConfig | None = None) -> float:
+    """Learning rate of a step: linear to `peak` over `warmup` steps, then cosine to `end`, or flat.
 
     Warm-up is a factor on the whole curve, as in diffusers' and transformers' schedules, except that
-    step 0 already moves: (step + 1) / warmup.
+    step 0 already moves: (step + 1) / warmup. A `group` has its own curve under the stage's warm-up.
     """
+    curve = group or lr
     if step_in_stage < lr.warmup:
-        return lr.peak * (step_in_stage + 1) / lr.warmup
-    if lr.kind == "constant":
-        return lr.peak
+        return curve.peak * (step_in_stage + 1) / lr.warmup
+    if curve.kind == "constant":
+        return curve.peak
     done = (step_in_stage - lr.warmup) / max(1, steps - lr.warmup)
-    return lr.peak * 0.5 * (1.0 + math.cos(math.pi * done))
+    return curve.end + (curve.peak - curve.end) * 0.5 * (1.0 + math.cos(math.pi * done))

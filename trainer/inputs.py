@@ -117,6 +117,11 @@ def _unlike_implied(card: Card, name: str, config: Mapping[str, Any]) -> Iterato
     if not _alike(card.scaling, Scaling(rule="factor", factor=factor)):
         family = "with rotary positions (5B, 1.5)" if rotary else "without rotary positions (2B)"
         yield f"its scaling is {_told(card.scaling)}, a CogVideoX {family} was trained with factor {factor}"
+    image = "inverted" if config.get("patch_size_t") else "as_video"
+    takes_images = config.get("in_channels", 0) > config.get("out_channels", 0)
+    if takes_images and card.image != "none" and card.image_scaling != image:
+        version = "1.5" if config.get("patch_size_t") else "1.0"
+        yield f"its image latents are scaled {card.image_scaling!r}, those of CogVideoX {version} {image!r}"
 
 
 def _unlike_vae(card: Card, name: str, folder: Path, adoptions: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The training story, whole: a config in; checkpoints, metrics and a loss curve out.
+"""The training story, whole: a config in; checkpoints, metrics, samples and a loss curve out.
 
 Every rank runs `train`. A step is a pure function of its number, so nothing but weights and AdamW's
 moments carries over, and resuming, the next stage and the first start are one path: build the model,
@@ -8,40 +8,44 @@ load what the newest checkpoint has, go on from its step.
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 
 from schemas.adoption import adoption_notes
-from schemas.errors import RunError
+from schemas.errors import ConfigError, RunError
 from schemas.load import resolved_toml
 from schemas.train_config import StageConfig, TrainConfig
 from trainer import checkpoint
-from trainer.attention import Attention, choose_attention
-from trainer.catalog import Catalog
+from trainer.architecture import Architecture, architecture, data_shape
 from trainer.checkpoint import Saved
-from trainer.collate import collate, fill_patches, patchify
-from trainer.curriculum import lr_at, stage_at, total_steps
-from trainer.loader import Loader, StepWeights
-from trainer.metrics import Metrics, StepRecord
-from trainer.model import PackedCogVideoX
-from trainer.objective import VObjective, clip_errors, clip_weights
+from trainer.curriculum import budget_of, slots_of, stage_at, total_steps
+from trainer.feed import feed
+from trainer.flops import device_peak
+from trainer.layout import check_clips
+from trainer.lineage import load_weights
+from trainer.loader import Loader
+from trainer.lora import add_adapters
+from trainer.losses import batch_loss
+from trainer.metrics import Metrics, SaveRecord, StepRecord, duration_sums, loss_by_duration, memory_gb
+from trainer.mixture import Mixture
+from trainer.model import PackedModel, build_model
+from trainer.objective import Objective, make_objective
 from trainer.optim import make_optimizer, set_lr, set_trainable
-from trainer.packing import Pack
-from trainer.parallel import World, clip_grad_norm, fill, shard
+from trainer.parallel import MeshShape, World
+from trainer.probe import choose_attention
 from trainer.resume import already_finished, resume_notes, resume_point, run_meta, saved_architecture
-from trainer.weights import Architecture, architecture, data_shape, initial_values
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they take the machine away."""
+from trainer.sample import Pictures, draw_samples, guidance_prompt, show
+from trainer.saver import Saver
+from trainer.sharding import clip_grad_norm, fill, parallelize, predict
+from trainer.stopping import Stopping, stopping
+from trainer.validate import validate
+from trainer.weights import initial_values
 
 
 @dataclass(frozen=True)
@@ -52,49 +56,45 @@ class Run:
     world: World
     loader: Loader
     plan: Architecture
-    attention: Attention
-    objective: VObjective
+    objective: Objective
     metrics: Metrics | None
     """On rank 0."""
-    received: list[signal.Signals]
-    """Stop signals so far."""
+    saver: Saver
+    stop: Stopping
+    pictures: Pictures | None
+    guidance_prompt: torch.Tensor | None
+    """The empty prompt, where samples need it."""
 
 
-def train(config: TrainConfig, *, world: World) -> None:
-    """Train to the end of the last stage, or until a stop signal; the same call resumes."""
+def train(config: TrainConfig, *, world: World, pictures: Pictures | None = None) -> None:
+    """Train to the end of the last stage, or until a stop signal; the same call resumes.
+
+    `pictures` shows the samples of validation; without it none are drawn.
+    """
     output, total = Path(config.output), total_steps(config.stages)
-    catalog = Catalog(Path(config.dataset))
+    mixture = Mixture.of(config.mixture)
     with ExitStack() as held:
-        saved = world.on_main(lambda: start(config, catalog, held))
+        saved = world.on_main(lambda: start(config, mixture, held))
         if world.on_main(lambda: already_finished(config, saved)):
             return
         step = saved.step if saved else 0
-        plan = saved_architecture(saved) if saved else architecture(config.model, data_shape(catalog))
+        plan = (
+            saved_architecture(saved) if saved else architecture(config.model, data_shape(*mixture.catalogs))
+        )
+        objective = make_objective(config.loss, plan.schedule)
+        plan = replace(plan, schedule=objective.schedule)  # with the objective in it, for export
         loader = held.enter_context(
             Loader(
-                catalog,
+                mixture,
                 config=config,
-                patch_t=plan.config["patch_size_t"] or 1,
-                rank=world.rank,
-                world_size=world.size,
+                patch_t=plan.layout.patch_t,
+                images=plan.layout.image,
+                local_frames=plan.layout.local_frames,
+                shares={stage.name: share(stage, config, world) for stage in config.stages},
             )
         )
-        attention = choose_attention(
-            config.model.attention,
-            device=world.device,
-            dtype=getattr(torch, config.precision.param),
-            heads=plan.config["num_attention_heads"],
-            head_dim=plan.config["attention_head_dim"],
-        )
-        world.say(loader.describe())
-        world.say(f"attention {attention.name}: {attention.reason}")
-        if catalog.card.padding == "trim":
-            world.say(
-                "text_encoder.padding of the dataset is 'trim': this model will not take prompts padded as "
-                "the stock pipeline pads them"
-            )
-        for note in adoption_notes(catalog.dataset):
-            world.say(note)
+        check_clips(loader.latent_shapes(), plan.layout)
+        tell(mixture, loader, world)
         if saved:
             digest = loader.plan_digest(saved.meta["stage"])
             world.say("\n".join(resume_notes(config, saved, plan_digest=digest)))
@@ -102,24 +102,29 @@ def train(config: TrainConfig, *, world: World) -> None:
         if world.is_main:
             recorder = Metrics(output, first_step=step, total_steps=total, normalize=config.loss.normalize)
             metrics = held.enter_context(recorder)
-        received = held.enter_context(stop_signals())
-        run = Run(config, world, loader, plan, attention, VObjective(plan.schedule), metrics, received)
+        stop = held.enter_context(stopping(config.checkpoint))
+        keep, background = config.checkpoint.keep, config.checkpoint.background
+        saver = held.enter_context(Saver(output, world=world, keep=keep, background=background))
+        prompt = None
+        if config.validation.samples and pictures:
+            prompt = guidance_prompt(mixture.catalogs[0].dataset, guidance=config.validation.guidance)
+        run = Run(config, world, loader, plan, objective, metrics, saver, stop, pictures, prompt)
         while step < total:
             saved = train_stage(run, step, saved)
             step = saved.step
             if saved.meta["stopped"]:
                 break
     if step < total and saved:
-        world.say(f"stopped by a signal: {saved.path} is whole; requeue me, the same command resumes")
+        world.say(f"stopped {stop.reason}: {saved.path} is whole; requeue me, the same command resumes")
     elif saved:
         world.say(f"finished: {step} steps; weights in {saved.path}, loss curve in {output / 'loss.png'}")
 
 
-def start(config: TrainConfig, catalog: Catalog, held: ExitStack) -> Saved | None:
+def start(config: TrainConfig, mixture: Mixture, held: ExitStack) -> Saved | None:
     """Hold the output; where to go on. The config goes beside what it makes once it is accepted."""
     output = Path(config.output)
     held.enter_context(checkpoint.locked(output))
-    saved = resume_point(config, catalog.card)
+    saved = resume_point(config, [catalog.card for catalog in mixture.catalogs])
     if saved is None or saved.step < total_steps(config.stages):
         try:
             (output / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
@@ -128,46 +133,91 @@ def start(config: TrainConfig, catalog: Catalog, held: ExitStack) -> Saved | Non
     return saved
 
 
+def tell(mixture: Mixture, loader: Loader, world: World) -> None:
+    """What there is to train on, and what to know of it."""
+    world.say(loader.describe())
+    for catalog in mixture.catalogs:
+        if catalog.card.padding == "trim":
+            world.say(
+                f"text_encoder.padding of {catalog.dataset} is 'trim': this model will not take prompts "
+                "padded as the stock pipeline pads them"
+            )
+        for note in adoption_notes(catalog.dataset):
+            world.say(note)
+
+
 def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
-    """From global `step` to the end of its stage, or to a stop signal; returns the checkpoint of its end."""
-    config, world = run.config, run.world
+    """From global `step` to the end of its stage, or to a stop; returns the checkpoint of its end."""
+    config = run.config
     stage, done = stage_at(step, config.stages)
-    meta = run_meta(config, stage, loader=run.loader, architecture=run.plan, world=world)
-    model, optimizer = build(run, stage, saved)
+    world = run.world.under(stage.mesh or config.mesh)
+    meta = run_meta(
+        config,
+        stage,
+        cards=[catalog.card for catalog in run.loader.mixture.catalogs],
+        plan_digest=run.loader.plan_digest(stage.name),
+        architecture=run.plan,
+        ranks=world.size,
+    )
+    model, optimizer = build(run, stage, world, saved)
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(count for count, is_trained in counts if is_trained) / sum(count for count, _ in counts)
+    peak = device_peak(world.device, getattr(torch, config.precision.param))
+    room = slots_of(stage, config.data) * budget_of(stage, config.data)
     durations: deque[float] = deque(maxlen=20)
+    steps = feed(
+        run.loader,
+        steps=range(step, step + stage.steps - done),
+        plan=run.plan,
+        objective=run.objective,
+        device=world.device,
+        ahead=config.data.prefetch > 0,
+    )
     for step_in_stage in range(done, stage.steps):
         started = time.perf_counter()
 
-        # Fetch this rank's packs; a thread has read them while the last step ran.
-        packs, sizes = run.loader.packs(step), run.loader.step_weights(step)
+        # Fetch this rank's packs, noised; threads have made them while the last step ran.
+        data = next(steps)
         waited = time.perf_counter() - started
 
         # Forward and backward, pack by pack; their losses are shares of the whole step's, so they add up.
-        loss, bad_clips = 0.0, []
-        for pack in packs:
-            pack_loss, errors = forward(run, model, pack, sizes)
-            pack_loss.backward()
-            loss += pack_loss.item()
-            bad_clips += [pack.segments[i].sample_id for i in errors.isfinite().logical_not().nonzero()]
+        # Nothing here waits for the device.
+        shares, by_clip = [], []
+        for batch in data.batches:
+            prediction = predict(model, batch.inputs, world=world)
+            share, errors = batch_loss(
+                prediction, batch.to(world.device), loss=config.loss, step=data.weights
+            )
+            share = share / world.shape.sp  # peers that share the pack all have its whole loss
+            share.backward()
+            shares.append(share.detach())
+            by_clip.append(errors)
 
         # Clip. The norm is that of the summed gradients, so every rank takes the same decision.
         norm = clip_grad_norm(model.parameters(), max_norm=config.optim.max_grad_norm)
+        clip_errors = torch.cat(by_clip).tolist()
         if not math.isfinite(norm):
+            found = zip(data.segments, clip_errors, strict=True)
+            bad = [clip.sample_id for clip, error in found if not math.isfinite(error)]
             raise RunError(
                 f"step {step}: the gradient norm is {norm}; clips with a loss that is not finite: "
-                f"{', '.join(world.gather(bad_clips)) or 'none'}; checkpoints are from before, so lower the "
+                f"{', '.join(world.gather(bad)) or 'none'}; checkpoints are from before, so lower the "
                 "stage's lr, or look at these clips with `latentpress inspect`"
             )
 
         # Step, with the learning rate of this step's number.
-        lr = lr_at(step_in_stage, stage.lr, steps=stage.steps)
-        set_lr(optimizer, lr)
+        lr = set_lr(optimizer, stage.lr, step_in_stage=step_in_stage, steps=stage.steps)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
 
-        # The one collective of a step's end: what is logged, and whether any rank was told to stop.
-        loss, told = world.sum([loss, len(run.received)])
+        # The one collective of a step's end: what is logged, and whether any rank is to stop.
+        by_duration = duration_sums([clip.seconds for clip in data.segments], clip_errors)
+        flops = data.flops.training(trained=trained) / world.shape.sp
+        unreadable = len(run.loader.unreadable.samples) / world.shape.sp
+        loss, told, flops, unreadable, *by_duration = world.sum(
+            [float(torch.stack(shares).sum()), run.stop.told, flops, unreadable, *by_duration]
+        )
         durations.append(time.perf_counter() - started)
         if run.metrics:
             record = StepRecord(
@@ -176,91 +226,116 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
                 loss=loss,
                 grad_norm=norm,
                 lr=lr,
-                tokens=sizes.num_tokens,
-                tokens_per_s=sizes.num_tokens / durations[-1],
-                fill=sizes.num_tokens / (config.data.slots * config.data.budget_tokens),
+                tokens=data.weights.num_tokens,
+                tokens_per_s=data.weights.num_tokens / durations[-1],
+                fill=data.weights.num_tokens / room,
                 data_wait=waited / durations[-1],
                 seconds=durations[-1],
                 eta_s=(total_steps(config.stages) - step) * sum(durations) / len(durations),
+                mfu=flops / durations[-1] / (peak * world.size) if peak else None,
+                memory_gb=memory_gb(world.device),
+                loss_by_duration=loss_by_duration(by_duration),
+                unreadable=round(unreadable),
             )
             run.metrics.log(record)
 
-        # Save at intervals, at the end of the stage, and when told to stop.
-        ending = told > 0 or step_in_stage + 1 == stage.steps
-        if ending or step % config.checkpoint.every == 0:
-            saved = checkpoint.save(
-                Path(config.output),
-                step=step,
-                model=model,
-                optimizer=optimizer,
-                meta={"stopped": told > 0, **meta},
-                world=world,
-                keep=config.checkpoint.keep,
-            )
-        if ending:
+        # Save and look at intervals, at the end of the stage, and save when told to stop.
+        last, stopped = step_in_stage + 1 == stage.steps, told > 0
+        if last or stopped or step % config.checkpoint.every == 0:
+            started = time.perf_counter()
+            run.saver.save(step, model=model, optimizer=optimizer, meta={"stopped": stopped, **meta})
+            if run.metrics:
+                blocked, background = time.perf_counter() - started, config.checkpoint.background
+                run.metrics.add(SaveRecord(step, stage.name, blocked, background))
+        every = config.validation.every
+        if not stopped and (last or (every and step % every == 0)):
+            look(run, model, world, stage, step)
+        if stopped:
             break
-    assert saved is not None  # a stage has at least one step, and its last one is saved
-    return saved
+    return run.saver.wait()  # a stage has at least one step, and its last one is saved
 
 
-def build(run: Run, stage: StageConfig, saved: Saved | None) -> tuple[PackedCogVideoX, torch.optim.AdamW]:
+def build(
+    run: Run, stage: StageConfig, world: World, saved: Saved | None
+) -> tuple[PackedModel, torch.optim.AdamW]:
     """A sharded model and its optimizer as they are before the next step of `stage`."""
-    config = run.config
+    config, plan = run.config, run.plan
+    attention = choose_attention(
+        config.model.attention,
+        device=world.device,
+        dtype=getattr(torch, config.precision.param),
+        heads=plan.config["num_attention_heads"] // (world.shape.sp * world.shape.tp),
+        head_dim=plan.config["attention_head_dim"],
+    )
     with torch.device("meta"):
-        model = PackedCogVideoX.build(run.plan.config, attention=run.attention.function)
-    table = set_trainable(model, stage.trainable)
-    run.world.say("\n  ".join([f"stage {stage.name}: {stage.steps} steps", *table]))
-    read = None if saved else initial_values(config.model.init, model, seed=config.seed)
-    shard(model, blocks=model.transformer_blocks, world=run.world, precision=config.precision)
-    fill(model, read, device=run.world.device)
-    optimizer = make_optimizer(model, config.optim)
-    if saved:
+        model = build_model(plan, attention)
+        if stage.lora:
+            add_adapters(model, stage.lora)
+    table = set_trainable(model, stage)
+    heading = f"stage {stage.name}: {stage.steps} steps; attention {attention.name}: {attention.reason}"
+    world.say("\n  ".join([heading, *table]))
+    # A new stage goes on with the weights of the one before, unless it names its own, and with fresh moments.
+    resumed = saved is not None and saved.meta["stage"] == stage.name
+    init = "" if resumed else stage.init or ("" if saved else config.model.init)
+    revision = "" if stage.init else config.model.revision
+    read = initial_values(init, model, seed=config.seed, revision=revision) if init else None
+    parallelize(
+        model,
+        world=world,
+        precision=config.precision,
+        recompute=config.model.recompute,
+        compile=config.model.compile,
+    )
+    fill(model, read, device=world.device)
+    optimizer = make_optimizer(model, config.optim, stage.lr)
+    if saved and resumed:
         checkpoint.load_model(saved, model)
-        if saved.meta["stage"] == stage.name:  # a new stage starts with fresh moments
-            checkpoint.load_optimizer(saved, model, optimizer)
+        checkpoint.load_optimizer(saved, model, optimizer)
+    elif saved and not init:
+        for line in load_weights(saved, model, seed=config.seed):
+            world.say(f"  {line}")
     return model, optimizer
 
 
-def forward(
-    run: Run, model: PackedCogVideoX, pack: Pack, sizes: StepWeights
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(this pack's share of the step's loss, error of each clip).
+def look(run: Run, model: PackedModel, world: World, stage: StageConfig, step: int) -> None:
+    """Validate, and draw samples; all ranks together."""
+    settings = run.config.validation
+    if settings.share or settings.samples:
+        packs = run.loader.held_out(stage.name, settings.clips)
+        record = validate(
+            partial(predict, model, world=world),
+            packs,
+            step=step,
+            stage=stage.name,
+            timesteps=settings.timesteps,
+            objective=run.objective,
+            layout=model.layout,
+            world=world,
+        )
+        world.say(str(record))
+        if run.metrics:
+            run.metrics.add(record)
+    if settings.samples and run.pictures:
+        packs = run.loader.held_out(stage.name, settings.samples)
+        samples = draw_samples(
+            partial(predict, model, world=world),
+            [segment for pack in packs for segment in pack.segments],
+            config=settings,
+            empty_prompt=run.guidance_prompt,
+            objective=run.objective,
+            layout=model.layout,
+            world=world,
+        )
+        folder = Path(run.config.output) / "samples" / f"step-{step:06d}"
+        pictures = run.pictures
+        world.say(world.on_main(lambda: show(pictures, folder, samples)))
 
-    Noise and timesteps come from the clips' keys, so they are the same on any rank and in any pack.
-    """
-    objective, device = run.objective, run.world.device
-    layout: Any = model.config
-    noisy, targets, timesteps = [], [], []
-    for segment in pack.segments:
-        clean = fill_patches(segment.latents, patch_t=layout.patch_size_t)
-        timestep = objective.draw_timestep(segment.key)
-        clip, target = objective.noised(clean, key=segment.key, timestep=timestep)
-        noisy.append(clip)
-        targets.append(patchify(target, patch=layout.patch_size, patch_t=layout.patch_size_t or 1))
-        timesteps.append(timestep)
-    prompts = [segment.prompt_embeds for segment in pack.segments]
-    inputs = collate(noisy, prompts, timesteps, config=layout).to(device)
-    errors = clip_errors(model(inputs), torch.cat(targets).to(device), lengths=inputs.video_lengths)
-    weights = clip_weights(
-        inputs.video_lengths,
-        normalize=run.config.loss.normalize,
-        step_clips=sizes.num_clips,
-        step_tokens=sizes.num_video_tokens,
-    )
-    return (errors * weights.to(device)).sum(), errors.detach()
 
-
-@contextmanager
-def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collects stop signals while training; the loop finishes its step, saves and returns."""
-    received: list[signal.Signals] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+def share(stage: StageConfig, config: TrainConfig, world: World) -> tuple[int, int]:
+    """Data-parallel rank and size under a stage's mesh; rank 0 of its own where these do not make it."""
+    mesh = stage.mesh or config.mesh
     try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        shape = MeshShape.of(mesh, size=world.size)
+    except ConfigError:
+        return 0, mesh.dp_replicate * mesh.dp_shard
+    return world.rank // (shape.sp * shape.tp), shape.dp_replicate * shape.dp_shard

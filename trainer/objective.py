@@ -1,40 +1,54 @@
-"""The training objective: clean clips in; noisy clips, targets and a loss out.
+"""The training objective: clean clips in; noisy clips and the targets of the prediction out.
 
-CogVideoX predicts v = sqrt(a) * noise - sqrt(1 - a) * clean on a schedule whose last step is pure noise.
-diffusers' and THUDM's training scripts turn the prediction into clean latents (`scheduler.get_velocity(
-output, noisy, t)`) and weigh their squared error by 1 / (1 - a). With clean = sqrt(a) * noisy -
-sqrt(1 - a) * v that is exactly the squared error of v, which is what is computed here: one subtraction
-that stays well conditioned where 1 - a is small, and no weight that could overflow.
+A noisy clip is signal * clean + sigma * noise at a timestep. The three objectives differ in these two
+factors and in what is predicted:
 
-T, C, H, W latents of one clip; V video tokens, P channels of a patch; a = alphas_cumprod[timestep].
+    v      signal**2 = a, sigma**2 = 1 - a    signal * noise - sigma * clean
+    eps    the same, a not rescaled           noise
+    flow   signal = 1 - s, sigma = s          noise - clean
+
+a = alphas_cumprod[timestep] falls to exactly 0 for `v`; s = timestep / num_train_timesteps. diffusers' and
+THUDM's CogVideoX scripts turn the predicted v into clean latents (`scheduler.get_velocity(output, noisy, t)`)
+and weigh their squared error by 1 / (1 - a). With clean = signal * noisy - sigma * v that is exactly the
+squared error of v, which is what is trained on here: it stays well conditioned where 1 - a is small.
+
+T, C, H, W latents of one clip.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from schemas.errors import ConfigError
+from schemas.train_config import LossConfig
 from trainer.order import keyed_generator
+
+ObjectiveName = Literal["v", "eps", "flow"]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Noise schedule under diffusers' names; the defaults are CogVideoX 5B's and 1.5's."""
 
+    objective: ObjectiveName | None = None
+    """What a model with this schedule predicts; None where that is not said."""
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
     snr_shift_scale: float = 1.0
     """3.0 for CogVideoX 2B."""
+    shift: float = 1.0
+    """`flow` only; the betas above are of the others."""
 
     def alphas_cumprod(self) -> torch.Tensor:
-        """float64 [num_train_timesteps], falling to exactly 0.
+        """float64 [num_train_timesteps], falling; to exactly 0 except for `eps`.
 
         Betas linear in their root ("scaled_linear"), the SNR shift of SD3, then the rescaling to zero
         terminal SNR (https://arxiv.org/abs/2305.08891, algorithm 1).
@@ -42,23 +56,46 @@ class Schedule:
         start, end = self.beta_start**0.5, self.beta_end**0.5
         betas = torch.linspace(start, end, self.num_train_timesteps, dtype=torch.float64) ** 2
         alphas = torch.cumprod(1 - betas, dim=0)
-        roots = (alphas / (self.snr_shift_scale + (1 - self.snr_shift_scale) * alphas)).sqrt()
+        alphas = alphas / (self.snr_shift_scale + (1 - self.snr_shift_scale) * alphas)
+        if self.objective == "eps":  # where no signal is left, predicted noise says nothing of the clip
+            return alphas
+        roots = alphas.sqrt()
         return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The `scheduler_config.json` with which the stock pipeline samples what was trained."""
-        return asdict(self) | _FIXED | {"_class_name": "CogVideoXDDIMScheduler"}
+        """The `scheduler_config.json` with which diffusers samples what was trained; `v` where not said."""
+        if self.objective == "flow":
+            return {
+                "_class_name": "FlowMatchEulerDiscreteScheduler",
+                "num_train_timesteps": self.num_train_timesteps,
+                "shift": self.shift,
+            }
+        named = {name: getattr(self, name) for name in _BETAS}
+        return named | _FIXED | _SAYS[self.objective or "v"] | {"_class_name": "CogVideoXDDIMScheduler"}
 
 
+_BETAS = ("num_train_timesteps", "beta_start", "beta_end", "snr_shift_scale")
 _FIXED = {
     "beta_schedule": "scaled_linear",
     "clip_sample": False,
-    "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True,
     "set_alpha_to_one": True,
     "timestep_spacing": "trailing",
 }
 """What every CogVideoX scheduler config says."""
+_SAYS: dict[ObjectiveName, dict[str, Any]] = {
+    "v": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    "eps": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False},
+}
+_UNKNOWN_TO_FLOW = (
+    "use_dynamic_shifting",
+    "invert_sigmas",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "stochastic_sampling",
+)
+"""What a flow schedule may be set to beyond `Schedule`."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,68 +110,107 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_schedule(path: Path) -> Schedule:
-    """The schedule of a diffusers `scheduler_config.json`; ConfigError where the objective differs."""
+    """The schedule, and with it the objective, of a diffusers `scheduler_config.json`; ConfigError where
+    none of the objectives has it."""
     config = read_json(path)
-    wrong = [
-        f"{name} = {config.get(name)!r}, expected {_FIXED[name]!r}"
-        for name in ("beta_schedule", "prediction_type", "rescale_betas_zero_snr")
-        if config.get(name) != _FIXED[name]
-    ]
-    defaults = asdict(Schedule())
+    if str(config.get("_class_name", "")).startswith("FlowMatch"):
+        wrong = [
+            f"{name} = {config[name]!r}, expected it unset" for name in _UNKNOWN_TO_FLOW if config.get(name)
+        ]
+        objective: ObjectiveName = "flow"
+        names: tuple[str, ...] = ("num_train_timesteps", "shift")
+    else:
+        objective = "eps" if config.get("prediction_type") == "epsilon" else "v"
+        fixed = {"beta_schedule": _FIXED["beta_schedule"], **_SAYS[objective]}
+        wrong = [
+            f"{name} = {config.get(name)!r}, expected {value!r}"
+            for name, value in fixed.items()
+            if config.get(name) != value
+        ]
+        names = _BETAS
+    given = {name: config[name] for name in names if name in config}
     wrong += [
-        f"{name} = {config[name]!r}, expected a positive {type(default).__name__}"
-        for name, default in defaults.items()
-        if name in config and not _positive(config[name], whole=isinstance(default, int))
+        f"{name} = {value!r}, expected a positive {'int' if name == 'num_train_timesteps' else 'float'}"
+        for name, value in given.items()
+        if not _positive(value, whole=name == "num_train_timesteps")
     ]
     if wrong:
-        raise ConfigError(
-            f"{path}: this schedule cannot be trained with loss.objective = 'v': {'; '.join(wrong)}"
-        )
-    return Schedule(**{name: config[name] for name in defaults if name in config})
+        raise ConfigError(f"{path}: this schedule cannot be trained on: {'; '.join(wrong)}")
+    return Schedule(objective, **given)
 
 
 def _positive(value: Any, *, whole: bool) -> bool:
     return type(value) in ((int,) if whole else (int, float)) and value > 0
 
 
-class VObjective:
-    """CogVideoX's velocity objective on one schedule."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        alphas = schedule.alphas_cumprod()
-        self._signal = alphas.sqrt().float()
-        self._noise = (1 - alphas).sqrt().float()
-
-    def draw_timestep(self, key: str) -> int:
-        """Uniform over the schedule, fixed by the visit's key."""
-        generator = keyed_generator(key, "timestep")
-        return int(torch.randint(len(self._signal), (), generator=generator))
-
-    def noised(self, clean: torch.Tensor, *, key: str, timestep: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(noisy, target), shaped like `clean`; the noise is fixed by the visit's key."""
-        noise = torch.randn(clean.shape, generator=keyed_generator(key, "noise"))
-        signal, sigma = self._signal[timestep], self._noise[timestep]
-        return signal * clean + sigma * noise, signal * noise - sigma * clean
+def make_objective(loss: LossConfig, schedule: Schedule) -> Objective:
+    """The objective that `loss` asks for on a model's schedule; ConfigError where that says another one."""
+    if schedule.objective not in (None, loss.objective):
+        raise ConfigError(
+            f"loss.objective = {loss.objective!r}: the scheduler of model.init says {schedule.objective!r}; "
+            f"set loss.objective = {schedule.objective!r}, or remove its scheduler_config.json for a model "
+            "that is to learn another one"
+        )
+    if schedule.objective == "flow" and schedule.shift != loss.shift:
+        raise ConfigError(
+            f"loss.shift = {loss.shift:g}: the scheduler of model.init says {schedule.shift:g}; set "
+            f"loss.shift = {schedule.shift:g}, or remove its scheduler_config.json to change it"
+        )
+    settled = replace(schedule, objective=loss.objective, shift=loss.shift)
+    return Objective(loss.objective, settled, loss.timesteps)
 
 
-def clip_errors(prediction: torch.Tensor, target: torch.Tensor, *, lengths: Sequence[int]) -> torch.Tensor:
-    """Mean squared error of each clip, [B] float32; both inputs are [V, P], clip after clip of `lengths`."""
-    errors = (prediction.float() - target).square().mean(dim=1)
-    return torch.stack([clip.mean() for clip in torch.split(errors, list(lengths))])
+@dataclass(frozen=True)
+class Objective:
+    """One of the three objectives on one schedule; make it with `make_objective`.
 
-
-def clip_weights(
-    lengths: Sequence[int],
-    *,
-    normalize: Literal["per_clip", "per_token"],
-    step_clips: int,
-    step_tokens: int,
-) -> torch.Tensor:
-    """[B] weights that sum to 1 over all clips of the step, on every rank and in every pack.
-
-    The denominators are those of the whole step, known from the plan, so that neither packing nor the
-    number of ranks changes a gradient.
+    Timesteps are integers below num_train_timesteps for `v` and `eps`, and any number from 0 to
+    num_train_timesteps for `flow`: what the model is given.
     """
-    if normalize == "per_clip":
-        return torch.full((len(lengths),), 1 / step_clips)
-    return torch.tensor(lengths, dtype=torch.float32) / step_tokens
+
+    name: ObjectiveName
+    schedule: Schedule
+    """With the objective in it: what a checkpoint keeps."""
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+
+    def draw_timestep(self, key: str) -> float:
+        """Fixed by the visit's key.
+
+        `logit_normal` and the shift are those of Stable Diffusion 3 (https://arxiv.org/abs/2403.03206,
+        sections 3.1 and 5.3.2).
+        """
+        generator = keyed_generator(key, "timestep")
+        steps = self.schedule.num_train_timesteps
+        if self.name != "flow":
+            return int(torch.randint(steps, (), generator=generator))
+        if self.timesteps == "uniform":
+            share = float(torch.rand((), generator=generator))
+        else:
+            share = 1 / (1 + math.exp(-float(torch.randn((), generator=generator))))
+        shift = self.schedule.shift
+        return steps * shift * share / (1 + (shift - 1) * share)
+
+    def timestep_at(self, share: float) -> float:
+        """The timestep a `share` of the way, 0 to 1, from clean to noise."""
+        steps = self.schedule.num_train_timesteps
+        return steps * share if self.name == "flow" else round((steps - 1) * share)
+
+    def noised(self, clean: torch.Tensor, *, key: str, timestep: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(noisy, target), shaped like `clean` [T, C, H, W]; the noise is fixed by the visit's key."""
+        noise = torch.randn(clean.shape, generator=keyed_generator(key, "noise"))
+        if self.name == "flow":
+            share = timestep / self.schedule.num_train_timesteps
+            return (1 - share) * clean + share * noise, noise - clean
+        signal, sigma = (table[int(timestep)] for table in self._tables)
+        noisy = signal * clean + sigma * noise
+        return noisy, noise if self.name == "eps" else signal * noise - sigma * clean
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """As of `Schedule`."""
+        return self.schedule.scheduler_config()
+
+    @cached_property
+    def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Signal and sigma by timestep, rounded once."""
+        alphas = self.schedule.alphas_cumprod()
+        return alphas.sqrt().float(), (1 - alphas).sqrt().float()

@@ -13,10 +13,15 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 ROUNDS = 6
 """Feistel rounds; four already mix large ranges, six also make tiny ones (a dozen clips) uniform."""
+
+_HASH = 0x9E3779B97F4A7C15
+"""Any number will do, so long as it stays: the split of what is held out hangs on it."""
 
 GROUP_SHARDS = 16
 """Shards whose samples are mixed with each other: files open at once against shuffle quality."""
@@ -31,6 +36,27 @@ def key_of(*parts: str | int) -> int:
 def keyed_generator(*parts: str | int) -> torch.Generator:
     """A CPU generator that is a pure function of `parts`; draw on the CPU, then move."""
     return torch.Generator().manual_seed(key_of(*parts))
+
+
+def hash_strings(strings: pa.Array) -> np.ndarray:
+    """uint64 [n]: a hash of each text's bytes and of nothing else; no NUL in them, no null among them."""
+    if not len(strings):
+        return np.empty(0, np.uint64)
+    longest = pc.max(pc.binary_length(strings)).as_py()
+    words = -(-max(1, longest) // 8)
+    # Padded to one length, the texts are a table of 8-byte words; words of padding alone change nothing.
+    padded = pc.ascii_rpad(strings, width=8 * words, padding="\0")
+    table = np.frombuffer(padded.buffers()[2], "<u8", len(strings) * words).reshape(-1, words)
+    hashes = np.zeros(len(strings), np.uint64)
+    for word in table.T:
+        hashes = np.where(word != 0, _mix(hashes ^ word, _HASH), hashes)
+    return hashes
+
+
+def keyed_shares(hashes: np.ndarray, *, turns: np.ndarray | int = 0, key: int) -> np.ndarray:
+    """float64 [n], uniform in [0, 1): what falls to things of these `hashes` in their `turns` (0, 1, ...)."""
+    drawn = _mix(_mix(hashes, key) ^ np.asarray(turns).astype(np.uint64), key)
+    return (drawn >> np.uint64(11)) * 2.0**-53
 
 
 def permutation(size: int, *, key: int) -> np.ndarray:

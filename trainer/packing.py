@@ -79,15 +79,36 @@ class Segment:
     """[T, C, H, W] float32, clean, scaled for the model."""
     prompt_embeds: torch.Tensor
     """[S, D] float32."""
+    image_latents: torch.Tensor | None = None
+    """[1, C, H, W] float32, the first frame's condition as the model sees it; None where it takes none."""
+    frame_weights: torch.Tensor | None = None
+    """[T] float32, weight of each latent frame's error; None: all 1."""
+    weight: float = 1.0
+    """0: the sample could not be read; its latents are zeros and it adds nothing to the loss."""
+    seconds: float = 0.0
+    """Source seconds of the window."""
 
     def __post_init__(self) -> None:
-        for name, rank in (("latents", 4), ("prompt_embeds", 2)):
+        for name, rank in (("latents", 4), ("prompt_embeds", 2), ("image_latents", 4), ("frame_weights", 1)):
             tensor = getattr(self, name)
+            if tensor is None and name in ("image_latents", "frame_weights"):
+                continue
             if tensor.ndim != rank or tensor.dtype != torch.float32 or 0 in tensor.shape:
                 raise ValueError(
                     f"{name} of {self.sample_id}: expected {rank} non-empty dimensions of float32, "
                     f"found {tensor.dtype} {tuple(tensor.shape)}"
                 )
+        image, weights = self.image_latents, self.frame_weights
+        if image is not None and image.shape != (1, *self.latents.shape[1:]):
+            raise ValueError(
+                f"image_latents of {self.sample_id}: expected {(1, *self.latents.shape[1:])} as one of its "
+                f"latent frames, found {tuple(image.shape)}"
+            )
+        if weights is not None and len(weights) != len(self.latents):
+            raise ValueError(
+                f"frame_weights of {self.sample_id}: expected one for each of its {len(self.latents)} latent "
+                f"frames, found {len(weights)}"
+            )
 
     def __repr__(self) -> str:
         latents, prompt = tuple(self.latents.shape), tuple(self.prompt_embeds.shape)
@@ -111,3 +132,14 @@ class Pack:
 
     def __repr__(self) -> str:
         return f"Pack({', '.join(map(repr, self.segments))})"
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """Sizes of one step over all ranks, known from the plan: what a loss is divided by."""
+
+    num_clips: int
+    num_video_tokens: float
+    """Each token counted by the weight of its latent frame's error (`Segment.frame_weights`)."""
+    num_tokens: int
+    """Video and prompt tokens, each counted once."""

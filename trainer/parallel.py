@@ -1,34 +1,27 @@
-"""Ranks, devices and the mesh: the only file that knows how many processes train and what each one holds.
+"""Ranks, devices and the mesh: which processes train, and what each of them shares with which others.
 
-Always FSDP2 (`fully_shard`), also on one rank: one code path. Gradients are summed, not averaged,
-because every loss is already divided by the size of the whole step; then neither the number of ranks
-nor how clips fell to them changes the result.
+A rank has four coordinates: replica, shard, place in the sequence, place in the matrices. Replicas and shards
+take packs of their own, the other two share a pack. What the mesh does to a model is `trainer.sharding`'s.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed import HashStore, Store  # type: ignore[attr-defined]  # re-exported without __all__
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from schemas.errors import ConfigError, LatentpressError
-from schemas.train_config import MeshConfig, PrecisionConfig
+from schemas.train_config import MeshConfig
+from trainer.sequence import SequenceParallel
 
 T = TypeVar("T")
-Slices = tuple[slice, ...]
-ReadSlice = Callable[[str, Slices], torch.Tensor]
-"""Parameter name and slices of its full tensor -> those values."""
 
 
 @dataclass(frozen=True)
@@ -59,23 +52,74 @@ class Member:
 
 
 @dataclass(frozen=True)
+class MeshShape:
+    """How many ranks share what; their product is the world size."""
+
+    dp_replicate: int
+    """Copies of all weights."""
+    dp_shard: int
+    """Shards of each copy, beside those over `sp`."""
+    sp: int
+    """Ranks that share a pack's tokens."""
+    tp: int
+    """Ranks that share a block's matrices."""
+
+    @classmethod
+    def of(cls, mesh: MeshConfig, *, size: int) -> MeshShape:
+        """The shape for `size` ranks; ConfigError where they do not multiply to it."""
+        given = cls(mesh.dp_replicate, mesh.dp_shard, mesh.sp, mesh.tp)
+        others = given.dp_replicate * given.sp * given.tp
+        if given.dp_shard == 1 and size % others == 0:
+            return replace(given, dp_shard=size // others)
+        if others * given.dp_shard != size:
+            raise ConfigError(
+                f"mesh: dp_replicate {given.dp_replicate} * dp_shard {given.dp_shard} * sp {given.sp} * tp "
+                f"{given.tp} must be the number of ranks, found {size}; start with --nproc "
+                f"{others * given.dp_shard}, or set mesh.dp_shard = 1, which takes all ranks that are left"
+            )
+        return given
+
+
+@dataclass(frozen=True)
 class World:
-    """The running process group."""
+    """The running process group, seen through one mesh."""
 
     rank: int
     size: int
     device: torch.device
+    shape: MeshShape
     mesh: DeviceMesh
+    """What FSDP shards over, replicas first."""
+    tp_mesh: DeviceMesh | None
+    sp: SequenceParallel | None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel ranks: each takes packs of its own, and shares them with its sp and tp peers."""
+        return self.shape.dp_replicate * self.shape.dp_shard
+
+    @property
+    def dp_rank(self) -> int:
+        """The same on all ranks that share a pack."""
+        return self.rank // (self.shape.sp * self.shape.tp)
+
+    def under(self, mesh: MeshConfig) -> World:
+        """The same processes under a stage's own mesh."""
+        shape = MeshShape.of(mesh, size=self.size)
+        return self if shape == self.shape else _world(self.rank, self.size, self.device, shape)
+
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sum over all ranks, the same on each."""
+        """Element-wise sum over all ranks, the same on each.
+
+        Tensor-parallel peers, who compute the same, count as one: by their mean.
+        """
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        return [float(value) for value in tensor.tolist()]
+        return [float(value) / self.shape.tp for value in tensor.tolist()]
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Call `function` on rank 0; its result, or its error, on every rank, so that none waits for it."""
@@ -90,11 +134,11 @@ class World:
             raise box[1]
         return cast(T, box[0])
 
-    def gather(self, values: list[str]) -> list[str]:
-        """The values of all ranks, rank after rank, the same on each."""
-        lists: list[list[str]] = [[] for _ in range(self.size)]
+    def gather(self, values: list[T]) -> list[T]:
+        """The values of all data-parallel ranks, one after the other, the same on each rank."""
+        lists: list[list[T]] = [[] for _ in range(self.size)]
         dist.all_gather_object(lists, values)
-        return [value for part in lists for value in part]
+        return [value for part in lists[:: self.size // self.dp_size] for value in part]
 
     def say(self, text: str) -> None:
         """Print once, not once per rank."""
@@ -105,95 +149,55 @@ class World:
         dist.barrier()
 
 
-def mesh_shape(mesh: MeshConfig, *, size: int) -> tuple[int, int]:
-    """(dp_replicate, dp_shard) for `size` ranks; ConfigError where they do not multiply to it."""
-    shard = mesh.dp_shard
-    if shard == 1 and size % mesh.dp_replicate == 0:
-        shard = size // mesh.dp_replicate
-    if mesh.dp_replicate * shard != size:
-        raise ConfigError(
-            f"mesh.dp_replicate = {mesh.dp_replicate} times mesh.dp_shard = {mesh.dp_shard} must be the "
-            f"number of ranks, found {size}; start with --nproc {mesh.dp_replicate * mesh.dp_shard}, or set "
-            "mesh.dp_shard = 1, which takes all ranks"
-        )
-    return mesh.dp_replicate, shard
-
-
 @contextmanager
 def join(member: Member, mesh: MeshConfig, *, deterministic: bool) -> Iterator[World]:
     """The process group and its mesh, on this rank's GPU where there is one, else on CPUs with gloo."""
-    shape = mesh_shape(mesh, size=member.size)
+    shape = MeshShape.of(mesh, size=member.size)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", member.local_rank)
         torch.cuda.set_device(device)
     _set_deterministic(deterministic)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if member.store is None:
+    given = dist.is_initialized()  # by Ray Train, which also ends it
+    if given:
+        pass
+    elif member.store is None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=member.store, rank=member.rank, world_size=member.size)
     try:
-        full = init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-        # A mesh of two dimensions means HSDP to fully_shard; without replicas plain FSDP is meant.
-        yield World(member.rank, member.size, device, full if shape[0] > 1 else full["dp_shard"])
+        yield _world(member.rank, member.size, device, shape)
     finally:
-        dist.destroy_process_group()
+        if not given:
+            dist.destroy_process_group()
 
 
-def shard(model: nn.Module, *, blocks: Iterable[nn.Module], world: World, precision: PrecisionConfig) -> None:
-    """Shard a meta-device model: each block on its own, then the rest with the root."""
-    policy = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, precision.param),
-        reduce_dtype=getattr(torch, precision.reduce),
-        # The model casts what it is given; index tables and rotary tables must keep their type.
-        cast_forward_inputs=False,
+def _world(rank: int, size: int, device: torch.device, shape: MeshShape) -> World:
+    """Ranks that talk most are neighbours: tensor-parallel peers first, then those that share a pack."""
+    full = init_device_mesh(
+        device.type,
+        (shape.dp_replicate, shape.dp_shard * shape.sp, shape.tp),
+        mesh_dim_names=("dp_replicate", "dp_shard", "tp"),
     )
-    for module in (*blocks, model):
-        fully_shard(module, mesh=world.mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The factor alone fails on gloo, which has no pre-multiplied sum.
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
-
-
-def fill(model: nn.Module, read: ReadSlice | None, *, device: torch.device) -> None:
-    """Give a sharded meta-device model its memory, and its values slice by slice.
-
-    Each rank asks for what it holds only, so the weights do not depend on how many ranks there are.
-    Without `read` the values are whatever was there: a checkpoint is about to be loaded.
-    """
-    model.to_empty(device=device)
-    if read is None:
-        return
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            tensor = cast(DTensor, parameter)
-            shape, offset = compute_local_shape_and_global_offset(
-                tensor.shape, tensor.device_mesh, tensor.placements
-            )
-            slices = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-            tensor.to_local().copy_(read(name, slices))
-
-
-def clip_grad_norm(parameters: Iterable[nn.Parameter], *, max_norm: float) -> float:
-    """Scale gradients to a global norm of at most `max_norm`; returns the norm before, equal on all ranks.
-
-    Grouped by mesh: torch's own `clip_grad_norm_` cannot mix parameters of different meshes.
-    """
-    groups: dict[DeviceMesh, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            groups.setdefault(cast(DTensor, parameter.grad).device_mesh, []).append(parameter)
-    norms = [
-        cast(DTensor, nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])).full_tensor()
-        for group in groups.values()
-    ]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    for group in groups.values():
-        nn.utils.clip_grads_with_norm_(group, max_norm, total)
-    return float(total)
+    sequence = None
+    if shape.sp > 1:
+        peers = init_device_mesh(
+            device.type,
+            (shape.dp_replicate * shape.dp_shard, shape.sp, shape.tp),
+            mesh_dim_names=("dp", "sp", "tp"),
+        )
+        sequence = SequenceParallel(peers.get_local_rank("sp"), shape.sp, peers.get_group("sp"))
+    return World(
+        rank=rank,
+        size=size,
+        device=device,
+        shape=shape,
+        # A mesh of two dimensions means HSDP to fully_shard; without replicas plain FSDP is meant.
+        mesh=full["dp_replicate", "dp_shard"] if shape.dp_replicate > 1 else full["dp_shard"],
+        tp_mesh=full["tp"] if shape.tp > 1 else None,
+        sp=sequence,
+    )
 
 
 def _set_deterministic(enabled: bool) -> None:

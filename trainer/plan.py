@@ -1,43 +1,47 @@
-"""The global plan: token counts of all samples in, the packs of any step out, the same on every rank.
+"""The global plan: what each epoch visits in, the packs of any step out, the same on every rank.
 
-A pure function of (fingerprint, seed, stage, epoch) and the samples' lengths: nothing to save, nothing
-to send. Every epoch packs every sample once; packs that do not fill a step are carried into the next
-epoch's steps, so none is dropped or doubled. The price: step k is found by planning all epochs before
-it (two to three seconds per million samples); an epoch is planned lazily while it is trained on.
+A pure function of its key and the visits: nothing to save, nothing to send. Every epoch packs each of its
+visits once; packs that do not fill a step are carried into the next epoch's steps, so none is dropped or
+doubled. The price: step k is found by planning all epochs before it (two to three seconds per million
+visits); an epoch is planned lazily while it is trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, count, islice
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 
-from trainer.order import key_of, keyed_order, permutation
+from trainer.mixture import Visits
+from trainer.order import key_of, permutation
 from trainer.packing import iter_packs
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 """Part of every plan digest; raised when the same inputs would give other steps."""
 
-BALANCE_PACKS = 128
-"""Packs whose order is given up so that the packs of one step cost about the same: 93-98 % of 8 ranks
-busy for curriculum, log-normal and uniform lengths, against 61-83 % for packs as they come."""
-
-_LINEAR_COST = 6 * 3072
+LINEAR_COST = 6 * 3072
 """Attention costs 4 * l^2 * D FLOPs a layer, the rest 24 * l * D^2: in units of 4 * D, l^2 + 6 * D * l.
 D is CogVideoX-5B's; it only decides which of two packs counts as the dearer."""
 
 
-@dataclass(frozen=True)
-class PackPlan:
-    """One pack before it is read: rows of the catalog, and the epoch that asked for them."""
+class PackPlan(NamedTuple):
+    """One pack before it is read."""
 
     epoch: int
+    """That asked for it."""
     rows: tuple[int, ...]
+    passes: tuple[int, ...]
+    """As in `Visits`, one for each row."""
+    cost: int
+    """Of the work on it, in the plan's unit."""
 
 
 Step = list[PackPlan]
+Epochs = Callable[[int], tuple[Visits, np.ndarray]]
+"""Number of an epoch -> its visits and the tokens [m] of each."""
 
 
 class Plan:
@@ -45,19 +49,24 @@ class Plan:
 
     def __init__(
         self,
-        lengths: np.ndarray,
+        epochs: Epochs,
         *,
-        shard_sizes: Sequence[int],
+        costs: np.ndarray,
         key: Sequence[str | int],
         capacity: int,
         slots: int,
+        balance_packs: int,
     ) -> None:
-        """`lengths` [n] are tokens a sample, shard by shard; `key` names dataset, stage and seed."""
-        self._lengths = lengths
-        self._shard_sizes = shard_sizes
-        self._key = tuple(key)
-        self._capacity = capacity
-        self._slots = slots
+        """`costs` [rows] is what the work on a row costs, in any unit; `key` names dataset, stage and seed.
+
+        The order of `balance_packs` packs is given up so that the packs of a step cost about the same: 128
+        keep 93-98 % of 8 ranks busy for curriculum, log-normal and uniform lengths, against 61-83 % for packs
+        as they come.
+        """
+        self._epochs, self._costs, self._key = epochs, costs, tuple(key)
+        self._capacity, self._slots = capacity, slots
+        self.window = max(1, balance_packs // slots) * slots
+        """Packs among which the order is given up: whole steps."""
         # What each epoch starts from; later ones are appended as they are reached.
         self._starts: list[tuple[int, Step]] = [(0, [])]
         self._open(0)
@@ -75,11 +84,12 @@ class Plan:
         return self._steps[at]
 
     def epoch_size(self) -> tuple[int, float]:
-        """Packs an epoch takes and how full they are (0..1), extrapolated from the first 1024."""
-        packs = list(islice(self._packs(0), 1024))
-        tokens = sum(int(self._lengths[list(pack.rows)].sum()) for pack in packs)
-        share = tokens / int(self._lengths.sum())
-        return round(len(packs) / share), tokens / (len(packs) * self._capacity)
+        """Packs an epoch takes and how full they are (0..1), extrapolated from the first 1024 packs of the
+        first epoch that visits anything."""
+        _, tokens = next(found for found in map(self._epochs, count()) if len(found[1]))
+        packs = list(islice(iter_packs(_ints(tokens), capacity=self._capacity), 1024))
+        used = int(sum(tokens[pack].sum() for pack in packs))
+        return round(len(packs) * int(tokens.sum()) / used), used / (len(packs) * self._capacity)
 
     def _open(self, epoch: int) -> None:
         self._epoch = epoch
@@ -95,11 +105,10 @@ class Plan:
 
     def _epoch_steps(self, epoch: int, carry: Step) -> Iterator[Step]:
         """The epoch's steps; what is left for the next one goes to `self._carry`."""
-        window = max(1, BALANCE_PACKS // self._slots) * self._slots
         pending = list(carry)
         for number, pack in enumerate(self._packs(epoch)):
             pending.append(pack)
-            if len(pending) == window:
+            if len(pending) == self.window:
                 yield from self._balance(pending, key_of(*self._key, epoch, "steps", number))
                 pending = []
         whole = len(pending) // self._slots * self._slots
@@ -107,21 +116,30 @@ class Plan:
         self._carry = pending[whole:]
 
     def _packs(self, epoch: int) -> Iterator[PackPlan]:
-        rows = keyed_order(self._shard_sizes, key=key_of(*self._key, epoch, "samples"))
-        # A memoryview yields Python ints one at a time, without a list of the whole epoch.
-        for pack in iter_packs(memoryview(self._lengths[rows]), capacity=self._capacity):
-            yield PackPlan(epoch, tuple(rows[pack].tolist()))
+        visits, tokens = self._epochs(epoch)
+        packs = iter_packs(_ints(tokens), capacity=self._capacity)
+        while some := list(islice(packs, 128)):  # at once, which is cheaper than one by one
+            ends = np.cumsum([len(pack) for pack in some])
+            members = np.fromiter(chain.from_iterable(some), np.int64, int(ends[-1]))
+            rows, passes = visits.rows[members], visits.passes[members]
+            costs = np.diff(np.cumsum(self._costs[rows])[ends - 1], prepend=0).tolist()
+            all_rows, all_passes, first = rows.tolist(), passes.tolist(), 0
+            for end, cost in zip(ends.tolist(), costs, strict=True):
+                yield PackPlan(epoch, tuple(all_rows[first:end]), tuple(all_passes[first:end]), cost)
+                first = end
 
     def _balance(self, packs: Step, key: int) -> Iterator[Step]:
         """Group packs of like cost into steps, then shuffle the steps: cheap ones must not come first."""
-        packs = sorted(packs, key=self._cost, reverse=True)
+        packs = sorted(packs, key=attrgetter("cost"), reverse=True)
         for number in permutation(len(packs) // self._slots, key=key):
             yield packs[number * self._slots : (number + 1) * self._slots]
-
-    def _cost(self, pack: PackPlan) -> int:
-        return sum(length * (length + _LINEAR_COST) for length in self._lengths[list(pack.rows)].tolist())
 
 
 def rank_share(step: Step, *, rank: int, world_size: int) -> Step:
     """The packs of a rank. Ranks run their i-th packs at the same time, so those are neighbours in cost."""
     return step[rank::world_size]
+
+
+def _ints(values: np.ndarray) -> memoryview:
+    """Yields Python ints one at a time, without a list of the whole epoch."""
+    return memoryview(values)  # type: ignore[arg-type]

@@ -3,19 +3,82 @@
 CogVideoX 5B (1.0) squeezes its rotary grid into the base grid of the config, 1.5 counts patches, 2B
 adds sines and cosines to the embeddings. Tables are cached per clip shape, as a dataset has few.
 
-T, H, W patches of a clip in time, height and width; V = T * H * W video tokens, in that order;
-D width of a head, E width of the model.
+T, H, W patches of a clip in time, height and width; V = T * H * W video tokens, in that order; L tokens of a
+stream (`trainer.collate`); D width of a head, E width of the model.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_sincos_pos_embed
 
-Grid = tuple[int, int, int]
-"""T, H, W."""
+from trainer.layout import Grid, Layout
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines."""
+
+
+def span_positions(
+    grids: Sequence[Grid], spans: Sequence[Sequence[int]], texts: Sequence[int], layout: Layout
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(cos, sin, None) for rotary models, (None, None, positions) for absolute ones; each span from 0.
+
+    Of the stream, [L, D] each, or of its video tokens, [V, E]. `grids` are of clips, `spans` the patches in
+    time of each clip's spans, `texts` the prompt tokens in front of each span.
+    """
+    parts = [
+        (patches, height, width)
+        for (_, height, width), clip in zip(grids, spans, strict=True)
+        for patches in clip
+    ]
+    if layout.positions == "sincos":
+        tables = [
+            sincos_table(
+                part,
+                width=layout.width,
+                spatial_scale=layout.spatial_scale,
+                temporal_scale=layout.temporal_scale,
+            )
+            for part in parts
+        ]
+        return None, None, torch.cat(tables)
+    base = layout.base[1:] if layout.positions == "squeezed" else None
+    rotary = [rotary_table(part, head_dim=layout.head_dim, base=base) for part in parts]
+    return *_with_text(rotary, texts), None
+
+
+def clip_positions(
+    grids: Sequence[Grid], spans: Sequence[Sequence[int]], texts: Sequence[int], layout: Layout
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(cos, sin) that count on through the spans of a clip; None where no clip has several."""
+    if all(len(clip) == 1 for clip in spans):
+        return None, None
+    base = layout.base[1:] if layout.positions == "squeezed" else None
+    rotary: list[Rotary] = []
+    for (frames, height, width), clip in zip(grids, spans, strict=True):
+        cos, sin = rotary_table((frames, height, width), head_dim=layout.head_dim, base=base)
+        lengths = [patches * height * width for patches in clip]
+        rotary += zip(cos.split(lengths), sin.split(lengths), strict=True)
+    return _with_text(rotary, texts)
+
+
+def _with_text(rotary: Sequence[Rotary], texts: Sequence[int]) -> Rotary:
+    """Tables of spans -> that of the stream; text is not rotated."""
+    cos, sin = [], []
+    for (span_cos, span_sin), text in zip(rotary, texts, strict=True):
+        cos += [span_cos.new_ones(text, span_cos.shape[1]), span_cos]
+        sin += [span_sin.new_zeros(text, span_sin.shape[1]), span_sin]
+    return torch.cat(cos), torch.cat(sin)
+
+
+def learned_rows(grids: Sequence[Grid], text_lengths: Sequence[int], layout: Layout) -> torch.Tensor:
+    """Rows of a table that has those of the longest prompt first, then those of the base grid."""
+    frames, height, width = layout.base
+    video = torch.arange(layout.max_text, layout.max_text + frames * height * width)
+    return torch.cat([video.repeat(len(grids)), *(torch.arange(text) for text in text_lengths)])
 
 
 @functools.lru_cache(maxsize=64)

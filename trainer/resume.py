@@ -1,6 +1,6 @@
 """What a checkpoint says about its run, and whether this run may continue it.
 
-A resumed run must be the run it continues: another dataset, model, objective, order of samples or past
+A resumed run must be the run it continues: other data, another model, objective, order of samples or past
 is refused field by field. Learning rate, stages to come, mesh and intervals may change, and are named.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import re
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,34 @@ from schemas.card import Card
 from schemas.errors import ConfigError, RunError, StaleDatasetError
 from schemas.load import config_digest
 from schemas.train_config import StageConfig, TrainConfig
+from trainer.architecture import Architecture
 from trainer.checkpoint import Saved, all_incomplete, checkpoints_folder, newest
 from trainer.curriculum import total_steps
 from trainer.inputs import inputs_of
-from trainer.loader import Loader
 from trainer.metrics import draw_missing
-from trainer.objective import Schedule
-from trainer.parallel import World
-from trainer.weights import Architecture
 
 
 def run_meta(
-    config: TrainConfig, stage: StageConfig, *, loader: Loader, architecture: Architecture, world: World
+    config: TrainConfig,
+    stage: StageConfig,
+    *,
+    cards: Sequence[Card],
+    plan_digest: str,
+    architecture: Architecture,
+    ranks: int,
 ) -> dict[str, Any]:
-    """The part of meta.json that is the same for all checkpoints of a stage."""
+    """The part of meta.json that is the same for all checkpoints of a stage; cards as in `config.mixture`."""
     return {
         "stage": stage.name,
         "config": config.model_dump(mode="json"),
         "config_digest": config_digest(config),
-        "fingerprint": loader.card.fingerprint,
-        "inputs": inputs_of(loader.card),
-        "plan_digest": loader.plan_digest(stage.name),
-        "transformer": architecture.config,
-        "schedule": asdict(architecture.schedule),
-        "mesh": dict(zip(world.mesh.mesh_dim_names or (), world.mesh.shape, strict=True)),
+        "fingerprints": [card.fingerprint for card in cards],
+        "inputs": inputs_of(cards[0]),  # the others mean the same numbers, or they are not mixed
+        "plan_digest": plan_digest,
+        "architecture": architecture.record(),
+        "objective": config.loss.model_dump(mode="json"),
+        "lora": stage.lora.model_dump(mode="json") if stage.lora else None,
+        "mesh": {"ranks": ranks, **(stage.mesh or config.mesh).model_dump()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -53,10 +57,10 @@ def run_meta(
 
 def saved_architecture(saved: Saved) -> Architecture:
     """The transformer a checkpoint holds the weights of."""
-    return Architecture(saved.meta["transformer"], Schedule(**saved.meta["schedule"]))
+    return Architecture.from_record(saved.meta["architecture"])
 
 
-def resume_point(config: TrainConfig, card: Card) -> Saved | None:
+def resume_point(config: TrainConfig, cards: Sequence[Card]) -> Saved | None:
     """The newest complete checkpoint of the run; an error naming what differs where it is another run's.
 
     RunError where there are checkpoints but none is complete: starting anew would remove them.
@@ -71,11 +75,14 @@ def resume_point(config: TrainConfig, card: Card) -> Saved | None:
                 "folders to start anew"
             )
         return None
-    if saved.meta["fingerprint"] != card.fingerprint:
+    before, now = saved.meta["fingerprints"], [card.fingerprint for card in cards]
+    if before != now:
+        short = [", ".join(name[:12] for name in names) for names in (before, now)]
         raise StaleDatasetError(
-            f"{saved.path} was trained on another dataset: fingerprint {saved.meta['fingerprint'][:12]}, "
-            f"{config.dataset} has {card.fingerprint[:12]}; give another --set output=FOLDER",
-            {"fingerprint": (saved.meta["fingerprint"], card.fingerprint)},
+            f"{saved.path} was trained on other data: fingerprint {short[0]}, "
+            f"{', '.join(dataset.path for dataset in config.mixture)} has {short[1]}; give another "
+            "--set output=FOLDER",
+            {"fingerprints": (before, now)},
         )
     fixed, _ = _changes(config, saved)
     if fixed:
@@ -125,33 +132,47 @@ def _changes(config: TrainConfig, saved: Saved) -> tuple[Changes, Changes]:
     current = [stage["name"] for stage in stages].index(saved.meta["stage"])
     done = saved.step - sum(stage["steps"] for stage in stages[:current])
     before, now = _flat(saved.meta["config"]), _flat(config.model_dump(mode="json"))
-    over = "".join(f"|stages.{i}.({_STAGE}|steps|max_s)" for i in range(current))
-    fixed = re.compile(f"{_RUN}|stages.{current}.({_STAGE}){over}")
-    free = re.compile(f"{_FREE}|stages.{current}.*")
     steps = f"stages.{current}.steps"
     refused: Changes = {}
     noted: Changes = {}
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
-        if old == new:
+        number, _, field = name.removeprefix("stages.").partition(".")
+        stage = int(number) if name.startswith("stages.") else None
+        if old == new or name in _PLACES or (stage is not None and stage > current):
             continue
-        if fixed.fullmatch(name) or (name == steps and (new is None or new < done)):
-            refused[name] = old, new
-        elif free.fullmatch(name):
-            noted[name] = old, new
+        if stage is None:
+            free = bool(_FREE.fullmatch(name))
+        elif stage < current:  # what it did is done
+            if _FREE_IN_STAGE.fullmatch(field):
+                continue
+            free = False
+        else:
+            free = bool(_FREE_IN_STAGE.fullmatch(field)) or (
+                name == steps and new is not None and new >= done
+            )
+        (noted if free else refused)[name] = old, new
     return refused, noted
 
 
-_RUN = r"seed|model\.(?!attention$).*|data\.(budget_tokens|slots)|loss\..*"
-"""What makes a run that run: its model, its objective, what fixes the order of samples."""
-_STAGE = "name|window|trainable"
-_FREE = r"model\.attention|(mesh|precision|optim|checkpoint)\..*"
+_PLACES = ("dataset", "output")
+"""Data is known by its fingerprint."""
+_FREE = re.compile(
+    r"(mesh|precision|optim|checkpoint)\..*"
+    r"|validation\.(?!share$).*"
+    r"|model\.(attention|recompute|compile)"
+    r"|data\.(prefetch|readers|max_unreadable|cache|cache_gb)"
+)
+"""What may change in a run. The rest makes it that run: model, objective, order of samples."""
+_FREE_IN_STAGE = re.compile(r"lr\..*|mesh(\..*)?")
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Dotted field -> value of a config's tree; stages are counted, other lists are values."""
+    """Dotted field -> value of a config's tree; stages are counted, datasets are their weights."""
     if name == "stages":
         value = dict(enumerate(value))
+    if name == "datasets":
+        value = [dataset["weight"] for dataset in value] or [1.0]
     if not isinstance(value, dict):
         return {name: value}
     parts = (_flat(part, f"{name}.{key}" if name else str(key)) for key, part in value.items())

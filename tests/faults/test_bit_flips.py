@@ -20,6 +20,7 @@ from schemas.errors import DatasetError
 from tests.pipeline.fake import ask, finish, make_dataset, make_rows
 from trainer.catalog import Catalog
 from trainer.reader import SampleReader
+from trainer.visit import Visit
 
 FLIPS = 500
 KINDS = {
@@ -76,7 +77,7 @@ def delivered(dataset: Dataset) -> Delivered:
     reader = SampleReader(catalog)
     try:
         segments = [
-            reader.segment(row, latent_frames=int(catalog.shapes[row, 0]), key=str(row))
+            reader.segment(Visit(row, first=0, latent_frames=int(catalog.shapes[row, 0]), key=str(row)))
             for row in range(len(catalog))
         ]
     finally:

@@ -17,6 +17,7 @@ from schemas.errors import ConfigError
 from schemas.load import load_config
 from schemas.train_config import TrainConfig
 from tests.trainer.datasets import write_dataset
+from trainer.checkpoint import find_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START = "import sys; from jobs.train import train; sys.exit(train(sys.argv[1], nproc=int(sys.argv[2])))"
@@ -138,6 +139,33 @@ def test_a_rank_without_a_world_is_a_config_error(
 def test_values_torch_would_refuse_are_config_errors(folder: Path, change: str) -> None:
     with pytest.raises(ConfigError, match=change.split("=")[0]):
         train(config_file(folder, steps=3), overrides=[change])
+
+
+def test_one_stage_is_a_run_of_its_own(folder: Path, tmp_path: Path) -> None:
+    path = config_file(folder, steps=3)
+    path.write_text(path.read_text() + '[[stages]]\nname = "then"\nsteps = 2\nlr = { peak = 1e-3 }\n')
+    assert train(path, overrides=[f"output={tmp_path}/run"], stage="then") == 0
+    saved = find_checkpoint(tmp_path / "run" / "then")
+    assert (saved.step, saved.meta["stage"]) == (2, "then")
+    assert [each.name for each in (tmp_path / "run").iterdir()] == ["then"]
+    with pytest.raises(ConfigError, match=r"--stage other: expected one of the stages .*: only, then"):
+        train(path, overrides=[f"output={tmp_path}/run"], stage="other")
+
+
+def test_a_stage_of_another_mesh_names_its_number_of_ranks(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="must be the number of ranks, found 1; start with --nproc 2"):
+        train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run", "stages.0.mesh.tp=2"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_time_limit_ends_a_run_well(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = [f"output={tmp_path}/run", "checkpoint.time_limit_s=1e-9"]
+    assert train(config_file(folder, steps=3), overrides=limits) == 0
+    assert "stopped before checkpoint.time_limit_s" in (out := capsys.readouterr().out)
+    assert "requeue me, the same command resumes" in out
+    assert find_checkpoint(tmp_path / "run").step == 1
 
 
 @pytest.mark.slow

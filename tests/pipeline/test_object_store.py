@@ -24,7 +24,6 @@ from schemas.errors import ConfigError, DatasetError, RunError
 from schemas.index import read_index, read_tensor
 from schemas.load import check_config
 from schemas.store import is_remote, location
-from schemas.train_config import TrainConfig
 from tests.object_server import Fault, ObjectServer
 from tests.pipeline.fake import ask, finish, make_dataset, make_rows, write_unit
 from tests.videos import make_video
@@ -244,11 +243,6 @@ def test_other_urls_are_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(ConfigError, match="s3://BUCKET/PREFIX") as caught:
         location(url)
     assert SECRET not in str(caught.value)
-
-
-def test_training_from_a_store_is_refused_in_a_sentence() -> None:
-    with pytest.raises(ConfigError, match="training reads from a disk; copy the dataset to one"):
-        check_config({"dataset": "s3://bucket/x", "output": "runs", "stages": []}, TrainConfig, where="test")
 
 
 def test_gc_finds_what_runs_leave_in_a_store_and_in_the_temp_folder(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from schemas.bucket import Geometry
 from schemas.config import FramesConfig, Policy
-from schemas.windows import prefix_frames
+from schemas.windows import durations, elapsed, first_pixel_frame, latents_of, prefix_frames
 
 GEOMETRY = Geometry(temporal=4, spatial=8, channels=16)
 EVERY = Geometry(temporal=1, spatial=8, channels=16)
@@ -130,3 +130,41 @@ def test_many_clips_at_once_equal_one_at_a_time(
     alone = [prefix(clip, max_s, EVERY, fps=r, frames=frames) for clip, r in zip(clips, rates, strict=True)]
     assert together.tolist() == alone
     assert all(1 <= found <= len(clip) for found, clip in zip(alone, clips, strict=True))
+
+
+@pytest.mark.parametrize("frames", [None, AT_A_RATE, FramesConfig(policy="contiguous")])
+def test_a_clip_lasts_from_its_first_frame_to_its_last(frames: FramesConfig | None) -> None:
+    pts_s = np.array([0.0, 0.5, 1.5, 4.0, 10.0, 10.0, 10.0])
+    offsets, fps = np.array([0, 4, 7]), np.array([2.0, 4.0])
+    given_ = {"fps": fps, "frames": frames}
+    times = elapsed(pts_s, offsets, **given_)  # type: ignore[arg-type]
+    even = frames is None or frames is AT_A_RATE
+    # A picture that is repeated to fill up counts on from there, a frame each at the clip's rate.
+    assert times.tolist() == [*([0, 0.5, 1.0, 1.5] if even else [0, 0.5, 1.5, 4.0]), 0, 0.25, 0.5]
+    assert durations(pts_s, offsets, **given_).tolist() == times[[3, 6]].tolist()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        GEOMETRY,
+        EVERY,
+        Geometry(temporal=8, spatial=8, channels=16, causal=False),
+        Geometry(temporal=4, spatial=8, channels=16, segment_frames=9),
+        Geometry(temporal=4, spatial=8, channels=16, causal=False, segment_frames=12),
+    ],
+)
+def test_latent_frames_share_out_the_pixel_frames(geometry: Geometry) -> None:
+    count = geometry.frame_least + 6 * geometry.frame_step
+    latents = int(latents_of(np.array([count]), geometry)[0])
+    starts = [first_pixel_frame(at, geometry) for at in range(latents + 1)]
+    assert starts[0] == 0
+    assert starts[-1] == count
+    assert set(np.diff(starts)) <= {1, geometry.temporal}
+    # A shorter window from the beginning has the frames that an encoder would take for it.
+    for shorter in range(geometry.frame_least, count, geometry.frame_step):
+        assert starts[geometry.latent_frames(shorter)] == shorter
+
+
+def test_counts_that_an_encoder_does_not_take_have_no_latents() -> None:
+    assert latents_of(np.array([1, 2, 5, 5, 8]), GEOMETRY).tolist() == [1, 0, 2, 2, 0]

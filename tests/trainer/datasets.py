@@ -21,7 +21,7 @@ from schemas.codec import TAGS, Tensor, from_float32
 from schemas.config import BucketConfig, Dtype, PreprocessConfig, TextEncoderConfig, VideoEncoderConfig
 from schemas.dataset import Dataset
 from schemas.manifest import ManifestRow
-from schemas.scaling import Scaling
+from schemas.scaling import ImageLatents, Scaling
 
 GEOMETRY = Geometry(temporal=4, spatial=8, channels=16)
 FPS = 8.0
@@ -67,6 +67,7 @@ def write_dataset(
     scaling: Scaling | None = None,
     rows_per_unit: int = 3,
     padding: Literal["full", "trim"] = "full",
+    image: ImageLatents = "none",
 ) -> Path:
     """One sample per entry of `shapes`, in shards of `rows_per_unit`; its `source` is its number."""
     root.mkdir(parents=True)
@@ -85,6 +86,7 @@ def write_dataset(
         scaling=scaling or Scaling(rule="factor", factor=0.7),
         geometry=GEOMETRY,
         versions={},
+        image=image,
     )
     card_path(root).write_bytes(card_bytes(card))
     rows = [ManifestRow(i, source=str(i), path=f"/{i}", caption=f"clip {i}") for i in range(len(shapes))]

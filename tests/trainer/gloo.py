@@ -1,74 +1,92 @@
-"""Two ranks for tests: a function in, its result from every rank out.
+"""Ranks for tests: a function in, its result from every rank out.
 
-The processes live as long as the test session, since importing torch and diffusers takes longer than
-any test; every call gets a process group of its own.
+The processes live as long as the test session, and are forked from one that has imported torch and diffusers,
+since that takes longer than any test. Every call gets a process group of its own, of as many as it asks for.
 """
 
 from __future__ import annotations
 
 import atexit
-import functools
+import itertools
 import multiprocessing
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-SIZE = 2
+from schemas.train_config import MeshConfig
+
 TIMEOUT_S = 120
+
+_ranks: list[tuple[BaseProcess, Connection]] = []
+_stores: list[Any] = []
+_calls = itertools.count()
 
 
 def on_two_ranks(function: Callable[..., Any], *args: Any) -> list[Any]:
     """[function(world, *args) on rank 0, on rank 1]; `function` is a plain one of an importable module."""
-    pipes = _pool()
-    for pipe in pipes:
-        pipe.send((function, args))
+    return on_ranks(2, function, *args)
+
+
+def on_ranks(
+    size: int, function: Callable[..., Any], *args: Any, mesh: MeshConfig | None = None
+) -> list[Any]:
+    """What `function(world, *args)` gives on each of `size` ranks under `mesh`."""
+    if not _stores:
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+        _stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+    while len(_ranks) < size:
+        _ranks.append(_start(len(_ranks), _stores[0].port))
+    call = str(next(_calls))
+    for _, pipe in _ranks[:size]:
+        pipe.send((call, size, mesh or MeshConfig(), function, args))
     results = []
-    for rank, pipe in enumerate(pipes):
+    for rank, (_, pipe) in enumerate(_ranks[:size]):
         if not pipe.poll(TIMEOUT_S):
-            _pool.cache_clear()
+            _stop()
             raise TimeoutError(f"rank {rank} did not answer {function.__name__} in {TIMEOUT_S} s")
-        ok, result = pipe.recv()
+        try:
+            ok, result = pipe.recv()
+        except EOFError:
+            ok, result = False, "it died; its last words are above"
         if not ok:
-            _pool.cache_clear()  # the other rank may hang in a collective
+            _stop()  # others may hang in a collective
             raise AssertionError(f"rank {rank} failed:\n{result}")
         results.append(result)
     return results
 
 
-@functools.cache
-def _pool() -> tuple[Connection, ...]:
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+def _start(rank: int, port: int) -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.trainer.stock", "trainer.sharding"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+    process.start()
+    return process, ours
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    pipes = []
-    for rank in range(SIZE):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, store.port, theirs), daemon=True)
-        process.start()
-        atexit.register(process.kill)
-        pipes.append(ours)
-    atexit.register(lambda: store)  # lives as long as the ranks
-    return tuple(pipes)
+
+@atexit.register
+def _stop() -> None:
+    for process, _ in _ranks:
+        process.kill()
+    _ranks.clear()
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
     import torch
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-    from schemas.train_config import MeshConfig
     from trainer.parallel import Member, join
 
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=False)
-    number = 0
     while True:
-        function, args = pipe.recv()
-        number += 1
-        member = Member(rank, rank, SIZE, PrefixStore(str(number), store))
+        call, size, mesh, function, args = pipe.recv()
+        member = Member(rank, rank, size, PrefixStore(call, store))
         try:
-            with join(member, MeshConfig(), deterministic=True) as world:
+            with join(member, mesh, deterministic=True) as world:
                 answer = True, function(world, *args)
         except BaseException:
             answer = False, traceback.format_exc()

@@ -1,59 +1,96 @@
-"""Export and folder init: what stock diffusers opens, and what it saved, value for value."""
+"""Export: what stock diffusers opens and what this trainer reads again, value for value."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from schemas.errors import ConfigError
-from schemas.train_config import ModelConfig, OptimConfig
+from schemas.train_config import LoraConfig, ModelConfig, StageConfig, TrainConfig
 from tests.trainer.gloo import on_two_ranks
-from tests.trainer.stock import CONFIGS, packed_model, stock_model
-from tests.trainer.test_parallel import Values, alone, sharded_model, whole
-from trainer import checkpoint
-from trainer.attention import sdpa
-from trainer.checkpoint import find_checkpoint
-from trainer.export import export
-from trainer.model import PackedCogVideoX
+from tests.trainer.stock import (
+    CONFIGS,
+    SDPA,
+    clip_errors,
+    clips,
+    pack_inputs,
+    packed_model,
+    stock_loss,
+    tiny_architecture,
+)
+from tests.trainer.test_dit import Variant, dit_architecture
+from tests.trainer.test_lineage import known, save_stage
+from tests.trainer.test_parallel import Values, alone
+from trainer.architecture import WEIGHTS, Architecture, DataShape, architecture
+from trainer.checkpoint import Saved, find_checkpoint
+from trainer.dit import PackedDiT
+from trainer.export import LORA_NAME, export, published_base
+from trainer.lora import add_adapters
+from trainer.model import build_model
 from trainer.objective import Schedule
-from trainer.optim import make_optimizer
-from trainer.parallel import World, fill
-from trainer.weights import WEIGHTS_NAME, DataShape, architecture, initial_values
+from trainer.weights import initial_values
 
 INPUTS = {"latents": {"video_encoder.kind": "dct"}, "prompts": {}}
 DATA = DataShape(latents=(3, 4, 12, 16), temporal=4, prompt=(7, 12))
+LORA = LoraConfig(targets=("to_q", "to_k", "to_v", r"to_out\.0", "text_proj"), rank=3, alpha=1.5)
 
 
-def save_untrained(world: World, output: str) -> None:
-    model = sharded_model(world)
-    rest = dict.fromkeys(("stage", "stopped", "config", "fingerprint", "plan_digest"), "")
-    schedule = vars(Schedule(snr_shift_scale=3.0))
-    meta = {**rest, "inputs": INPUTS, "transformer": CONFIGS["5b"], "schedule": schedule}
-    checkpoint.save(
-        Path(output),
-        step=0,
-        model=model,
-        optimizer=make_optimizer(model, OptimConfig()),
-        meta=meta,
-        world=world,
-        keep=1,
+def run_config(*stages: dict[str, Any], init: str = "THUDM/CogVideoX-5b") -> dict[str, Any]:
+    settings = [{"name": f"s{i}", "steps": 1, "lr": {"peak": 1.0}} | stage for i, stage in enumerate(stages)]
+    config = TrainConfig(
+        dataset="d",
+        output="o",
+        model=ModelConfig(init=init),
+        stages=tuple(StageConfig.model_validate(stage) for stage in settings),
     )
+    return config.model_dump(mode="json")
+
+
+def save(run: Path, lora: LoraConfig | None, plan: Architecture | None = None, **stage: Any) -> Saved:
+    """A checkpoint in `run` of one stage, with adapters that have an effect."""
+    first = {"name": "first", "lora": lora and lora.model_dump(mode="json"), **stage}
+    more = {"inputs": INPUTS, "config": run_config(first)}
+    alone(save_stage, str(run), lora, plan, None, None, more)
+    return find_checkpoint(run)
+
+
+def read_again(folder: Path, plan: Architecture) -> Values:
+    """All that is in an export: weights as a run starts from them, and adapters, under their names there."""
+    found: Values = {}
+    if (folder / "config.json").exists():
+        model = build_model(plan, SDPA)
+        read = initial_values(str(folder), model, seed=0)
+        for name, value in model.state_dict().items():
+            found[name] = read(name, tuple(slice(0, size) for size in value.shape))
+    if (folder / LORA_NAME).exists():
+        found |= {name.removeprefix("transformer."): v for name, v in load_file(folder / LORA_NAME).items()}
+    return found
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of a checkpoint that two ranks wrote."""
     run = tmp_path_factory.mktemp("run")
-    on_two_ranks(save_untrained, str(run))
-    export(find_checkpoint(run), run / "exported")
+    plan = replace(tiny_architecture("5b"), schedule=Schedule(snr_shift_scale=3.0))
+    more = {"inputs": INPUTS, "config": run_config({"name": "first"})}
+    on_two_ranks(save_stage, str(run), None, plan, None, None, more)
+    assert export(find_checkpoint(run), run / "exported") == []
     return run / "exported"
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A checkpoint of a stage that trained adapters beside published weights."""
+    return save(tmp_path_factory.mktemp("adapted"), LORA)
 
 
 def test_stock_diffusers_opens_the_export_strictly_with_equal_values(exported: Path) -> None:
@@ -72,6 +109,15 @@ def test_stock_diffusers_opens_the_export_strictly_with_equal_values(exported: P
     )
 
 
+def test_an_exported_folder_starts_a_run_with_its_weights_and_schedule(exported: Path) -> None:
+    plan = architecture(ModelConfig(init=str(exported)), DATA)
+    assert {name: plan.config[name] for name in CONFIGS["5b"]} == CONFIGS["5b"]
+    assert plan.schedule.snr_shift_scale == 3.0
+    read = initial_values(str(exported), packed_model("5b"), seed=0)
+    for name, value in packed_model("5b").state_dict().items():
+        assert torch.equal(read(name, (slice(1, 5),)), value[1:5])
+
+
 def test_export_overwrites_nothing(exported: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty"):
         export(find_checkpoint(exported.parent), exported)
@@ -79,105 +125,152 @@ def test_export_overwrites_nothing(exported: Path) -> None:
         export(find_checkpoint(exported.parent), exported / "config.json")
 
 
-def read_folder(world: World, init: str) -> tuple[dict[str, object], Schedule, Values]:
-    plan = architecture(ModelConfig(init=init), DATA)
-    with torch.device("meta"):
-        model = PackedCogVideoX.build(plan.config, attention=sdpa)
-    read = initial_values(init, model, seed=0)
-    model = sharded_model(world, seed=9)
-    fill(model, read, device=world.device)
-    return plan.config, plan.schedule, {name: whole(p) for name, p in model.named_parameters()}
+def assert_same_losses(stock: CogVideoXTransformer3DModel) -> None:
+    """Stock diffusers, one clip at a time, has the losses of the packed model with the saved adapters."""
+    model = build_model(tiny_architecture("5b"), SDPA)
+    add_adapters(model, LORA)
+    values = {
+        name: known(name, tuple(slice(0, size) for size in value.shape), value.shape)
+        for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(values)
+    inputs, target = pack_inputs(clips(), variant="5b")
+    with torch.no_grad():
+        found = clip_errors(model(inputs), target, lengths=inputs.video_lengths)
+        expected = torch.stack([stock_loss(stock, clip) for clip in clips()]).to(found.dtype)
+        plain = clip_errors(packed_model("5b")(inputs), target, lengths=inputs.video_lengths)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    assert not torch.allclose(found, plain, rtol=1e-2)
 
 
-def test_an_exported_folder_starts_a_run_with_its_weights_and_schedule(exported: Path) -> None:
-    for config, schedule, values in (
-        *on_two_ranks(read_folder, str(exported)),
-        alone(read_folder, str(exported)),
-    ):
-        assert {name: config[name] for name in CONFIGS["5b"]} == CONFIGS["5b"]
-        assert schedule == Schedule(snr_shift_scale=3.0)
-        expected = packed_model("5b").state_dict()
-        assert values.keys() == expected.keys()
-        assert all(torch.equal(values[name], value) for name, value in expected.items())
+def test_merged_adapters_are_part_of_what_stock_diffusers_opens(adapted: Saved, tmp_path: Path) -> None:
+    assert export(adapted, tmp_path / "out", merge=True) == []
+    assert not (tmp_path / "out" / LORA_NAME).exists()
+    model, report = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    assert_same_losses(model)
 
 
-def test_a_pipeline_folder_in_several_files_is_read(tmp_path: Path) -> None:
-    stock = stock_model("2b")
-    stock.save_pretrained(tmp_path / "transformer", max_shard_size="40KB")
-    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
-    plan = architecture(ModelConfig(init=str(tmp_path)), DATA)
-    assert plan.schedule.snr_shift_scale == 3.0  # no scheduler beside it: that of the 2B family
-    read = initial_values(str(tmp_path), stock, seed=0)
-    for name, value in stock.state_dict().items():
-        assert torch.equal(read(name, (slice(1, 5),)), value[1:5])
+def test_adapters_are_exported_under_the_names_of_diffusers(adapted: Saved, tmp_path: Path) -> None:
+    notes = export(adapted, tmp_path / "out")
+    assert notes == [f"{LORA_NAME}: adapters of rank 3, beside THUDM/CogVideoX-5b"]
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    assert files == {LORA_NAME, "latents.json", "scheduler/scheduler_config.json"}
+    # Without a word on alpha diffusers and peft add `B A`: https://huggingface.co/docs/diffusers/api/loaders/lora
+    values = load_file(tmp_path / "out" / LORA_NAME)
+    model = CogVideoXTransformer3DModel.from_config(CONFIGS["5b"])
+    model.load_state_dict(packed_model("5b").state_dict())
+    layers = {name.rsplit(".", 2)[0] for name in values}
+    assert len(layers) == 2 * 4 + 1
+    assert set(values) == {f"{layer}.lora_{part}.weight" for layer in layers for part in "AB"}
+    with torch.no_grad():
+        for layer in layers:
+            a, b = (values[f"{layer}.lora_{part}.weight"] for part in "AB")
+            model.get_parameter(f"{layer.removeprefix('transformer.')}.weight").add_(b @ a)
+    assert_same_losses(model)
 
 
-def test_weights_that_are_not_what_the_config_says_are_refused(exported: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(exported, tmp_path / "copy"))
-    weights = load_file(folder / WEIGHTS_NAME)
-    weights["lora.extra"] = torch.zeros(1)
-    weights["proj_out.bias"] = torch.zeros(3)
-    del weights["norm_final.weight"]
-    save_file(weights, folder / WEIGHTS_NAME)
-    with pytest.raises(ConfigError, match="3 differences") as caught:
-        initial_values(str(folder), packed_model("5b"), seed=0)
-    for part in (
-        "lora.extra is unknown",
-        "norm_final.weight is missing",
-        "proj_out.bias: expected (16,), found (3,)",
-    ):
-        assert part in str(caught.value)
+def test_the_stock_pipeline_loads_the_adapters(adapted: Saved, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    export(adapted, tmp_path / "out")
+    model = CogVideoXTransformer3DModel.from_config(CONFIGS["5b"])
+    model.load_state_dict(packed_model("5b").state_dict())
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": CogVideoXDDIMScheduler()}
+    CogVideoXPipeline(transformer=model, **parts).load_lora_weights(tmp_path / "out")
+    assert_same_losses(model)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (DataShape((3, 16, 12, 16), 4, (7, 12)), "in_channels = 4, the dataset has 16"),
-        (DataShape((3, 4, 12, 16), 4, (7, 64)), "text_embed_dim = 12, the dataset has 64"),
-        (DataShape((3, 4, 12, 16), 4, (226, 12)), "longest prompt has 226 tokens"),
-        (DataShape((3, 4, 12, 16), 8, (7, 12)), "temporal_compression_ratio = 4, the dataset has 8"),
-    ],
-)
-def test_a_folder_that_does_not_fit_the_dataset_is_refused(
-    exported: Path, data: DataShape, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        architecture(ModelConfig(init=str(exported)), data)
+def test_adapters_beside_weights_that_were_trained_come_with_them(tmp_path: Path) -> None:
+    saved = save(tmp_path / "run", LORA, trainable=["@norms"])
+    (note,) = export(saved, tmp_path / "out")
+    assert note.endswith("beside the weights in this folder, which were trained too")
+    model = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out")
+    assert all(
+        torch.equal(model.state_dict()[name], value)
+        for name, value in packed_model("5b").state_dict().items()
+    )
+    assert len(load_file(tmp_path / "out" / LORA_NAME)) == 18
 
 
-def test_a_config_of_another_kind_of_model_is_refused(exported: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(exported, tmp_path / "copy"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"lora_rank": 4}))
-    with pytest.raises(ConfigError, match="does not know: lora_rank"):
-        architecture(ModelConfig(init=str(folder)), DATA)
+ADAPTERS = {"lora": {"rank": 4}}
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("config", "stage", "expected"),
     [
-        ("config.json", "[]", "holds no JSON object"),
-        ("config.json", '{"in_channels": "16"}', "in_channels = '16', expected one like 16"),
-        (f"{WEIGHTS_NAME}.index.json", '{"weight_map": 3}', "no weight_map"),
-        (WEIGHTS_NAME, "cut short", "cannot be read.*fetch it again"),
-        ("scheduler/scheduler_config.json", "{", "cannot be read"),
-        ("scheduler/scheduler_config.json", "{}", "beta_schedule = None, expected 'scaled_linear'"),
+        (run_config(ADAPTERS), "s0", "THUDM/CogVideoX-5b"),
+        (run_config(ADAPTERS, ADAPTERS), "s1", "THUDM/CogVideoX-5b"),
+        (run_config(ADAPTERS, {}), "s0", "THUDM/CogVideoX-5b"),  # the second has not been
+        (run_config({}, ADAPTERS), "s1", None),
+        (run_config({}, ADAPTERS | {"init": "other"}), "s1", "other"),
+        (run_config({"lora": {"rank": 8}}, ADAPTERS), "s1", None),  # merged
+        (run_config(ADAPTERS | {"trainable": ["@norms"]}), "s0", None),
+        (run_config(ADAPTERS, init="random"), "s0", None),
     ],
 )
-def test_a_damaged_folder_is_named(
-    exported: Path, tmp_path: Path, name: str, text: str, message: str
+def test_adapters_stand_beside_published_weights_where_nothing_else_was_trained(
+    config: dict[str, Any], stage: str, expected: str | None
 ) -> None:
-    folder = Path(shutil.copytree(exported, tmp_path / "copy"))
-    (folder / name).write_text(text)
-
-    def start() -> None:
-        architecture(ModelConfig(init=str(folder)), DATA)
-        initial_values(str(folder), packed_model("5b"), seed=0)
-
-    with pytest.raises(ConfigError, match=message):
-        start()
+    lora = next(each["lora"] for each in config["stages"] if each["name"] == stage)
+    assert published_base({"config": config, "stage": stage, "lora": lora}) == expected
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"found no config\.json"):
-        architecture(ModelConfig(init=str(tmp_path)), DATA)
+@pytest.mark.parametrize("variant", [Variant(), Variant(text="cross", image=True, long_context="linear")])
+def test_a_dit_is_read_again_as_it_was(variant: Variant, tmp_path: Path) -> None:
+    plan = dit_architecture(variant)
+    saved = save(tmp_path / "run", None, plan)
+    export(saved, tmp_path / "out")
+    again = architecture(
+        ModelConfig(kind="dit", init=str(tmp_path / "out"), long_context=variant.long_context), DATA
+    )
+    assert again == replace(plan, schedule=again.schedule)
+    values = read_again(tmp_path / "out", again)
+    for name, value in values.items():
+        assert torch.equal(value, known(name, tuple(slice(0, size) for size in value.shape), value.shape))
+    if variant.long_context == "none":
+        plain, report = PackedDiT.from_pretrained(tmp_path / "out", output_loading_info=True)
+        assert not any(report.values()), report
+        assert all(torch.equal(value, values[name]) for name, value in plain.state_dict().items())
+
+
+def test_adapters_of_a_dit_are_exported_merged(tmp_path: Path) -> None:
+    saved = save(tmp_path / "run", LoraConfig(rank=2), dit_architecture(Variant()))
+    with pytest.raises(ConfigError, match="export with --merge"):
+        export(saved, tmp_path / "out")
+    export(saved, tmp_path / "out", merge=True)
+    assert not any(".lora_" in name for name in load_file(tmp_path / "out" / f"{WEIGHTS}.safetensors"))
+
+
+def test_long_context_layers_are_exported_and_said_to_be_ours(tmp_path: Path) -> None:
+    plan = replace(tiny_architecture("5b"), long_context="linear")
+    saved = save(tmp_path / "run", None, plan)
+    assert export(saved, tmp_path / "out") == [
+        "the long-context layers are in the file, but only this trainer knows them"
+    ]
+    for name, value in read_again(tmp_path / "out", plan).items():
+        assert torch.equal(value, known(name, tuple(slice(0, size) for size in value.shape), value.shape))
+    assert (
+        json.loads((tmp_path / "out/config.json").read_text())["_class_name"] == "CogVideoXTransformer3DModel"
+    )
+
+
+@pytest.mark.parametrize("trained", ["adapters", "all", "adapters and norms"])
+def test_a_step_at_learning_rate_zero_changes_no_value_up_to_the_next_run(
+    trained: str, tmp_path: Path
+) -> None:
+    """Step, save, load, export, read again: the same bits all the way."""
+    lora = None if trained == "all" else LoraConfig(rank=4)
+    settings: dict[str, Any] = {"name": "first", "lora": lora and lora.model_dump(mode="json")}
+    if trained == "adapters and norms":
+        settings["trainable"] = ["@norms"]
+    more = {"inputs": INPUTS, "config": run_config(settings)}
+    before = alone(save_stage, str(tmp_path / "before"), lora)
+    stepped = alone(save_stage, str(tmp_path / "run"), lora, None, None, 0.0, more)
+    saved = find_checkpoint(tmp_path / "run")
+    export(saved, tmp_path / "out")
+    found = read_again(tmp_path / "out", tiny_architecture("5b"))
+    kept = {name for name in before if ".lora_" in name} if trained == "adapters" else before.keys()
+    assert found.keys() == kept
+    for name, value in found.items():
+        assert torch.equal(stepped[name], before[name])
+        assert torch.equal(value, before[name])

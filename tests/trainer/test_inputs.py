@@ -62,6 +62,11 @@ def test_without_a_vae_the_class_of_the_transformer_says_what_it_takes(tmp_path:
     check_inputs(card({}), tmp_path, ROTARY)  # does not say
     with pytest.raises(ConfigError, match=r"encoded with AutoencoderKLWan, .* takes AutoencoderKLCogVideoX"):
         check_inputs(card({"kind": "diffusers", "class": "AutoencoderKLWan"}), tmp_path, ROTARY)
+    images = {**ROTARY, "in_channels": 8, "out_channels": 4}
+    check_inputs(card(COGVIDEOX, image_scaling="as_video"), tmp_path, images)
+    check_inputs(card(COGVIDEOX, image_scaling="inverted"), tmp_path, {**images, "patch_size_t": 2})
+    with pytest.raises(ConfigError, match=r"scaled 'inverted', those of CogVideoX 1\.0 'as_video'"):
+        check_inputs(card(COGVIDEOX, image_scaling="inverted"), tmp_path, images)
     with pytest.raises(ConfigError, match=r"factor 0\.7, .* \(2B\) was trained with factor 1\.15258426"):
         check_inputs(card(COGVIDEOX), tmp_path, PLAIN)
 

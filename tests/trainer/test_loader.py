@@ -19,13 +19,15 @@ from schemas.codec import Tensor, as_float32, checksum
 from schemas.errors import ConfigError, DatasetError
 from schemas.scaling import Scaling, scale
 from schemas.tables import sealed_parquet
-from schemas.train_config import DataConfig, LrConfig, StageConfig, TrainConfig
+from schemas.train_config import DataConfig, LrConfig, StageConfig, TrainConfig, ValidationConfig
 from tests.trainer.datasets import PROMPT_WIDTH, SHAPES, Shape, clip_tensors, prompt_tensors, write_dataset
 from trainer.catalog import Catalog
 from trainer.loader import Loader
+from trainer.mixture import Mixture
 from trainer.order import keyed_order
 from trainer.packing import Pack, Segment
 from trainer.reader import SampleReader
+from trainer.visit import Visit
 
 BUDGET = 60
 
@@ -35,7 +37,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("loader") / "latents")
 
 
-def train_config(*stages: StageConfig, seed: int = 0, **data: int) -> TrainConfig:
+def train_config(*stages: StageConfig, seed: int = 0, **data: float) -> TrainConfig:
     return TrainConfig(
         dataset="set",
         output="run",
@@ -126,6 +128,55 @@ def test_ranks_together_see_what_one_rank_sees(dataset: Path, prefetch: int) -> 
     epochs = Counter(segment.key for packs in expected for pack in packs for segment in pack.segments)
     assert set(epochs.values()) == {1}
     assert {int(key.split("/")[2]) for key in epochs} >= {0, 1, 2}
+
+
+def test_options_do_not_depend_on_ranks(dataset: Path, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "other", shapes=SHAPES[:3], scaling=Scaling(rule="factor", factor=0.7))
+    mixture = Mixture([Catalog(dataset), Catalog(other)], weights=[1.5, 0.5])
+    config = train_config(
+        StageConfig(name="cut", steps=9, window="slice", max_frames=9, lr=LrConfig(peak=1.0)),
+        StageConfig(name="whole", steps=9, slots=2, budget_tokens=90, lr=LrConfig(peak=1.0)),
+        slots=4,
+        readers=3,
+        caption_dropout=0.3,
+    )
+    with Loader(mixture, config=config) as alone:
+        expected = [alone.packs(step) for step in range(18)]
+        sizes = [alone.step_weights(step) for step in range(18)]
+    assert [len(packs) for packs in expected] == [4] * 9 + [2] * 9
+    for packs, size in zip(expected, sizes, strict=True):
+        assert size.num_tokens == sum(map(num_tokens, packs))
+        assert size.num_clips == sum(len(pack.segments) for pack in packs)
+    segments = [segment for packs in expected for pack in packs for segment in pack.segments]
+    assert len({segment.key for segment in segments}) == len(segments)
+    empty = torch.from_numpy(prompt_tensors(-1)["prompt_embeds"].data)
+    dropped = [len(each.prompt_embeds) == 8 and torch.equal(each.prompt_embeds, empty) for each in segments]
+    assert 0.15 < np.mean(dropped) < 0.45
+    # The second stage has a mesh of its own, with fewer data-parallel ranks.
+    for rank in range(4):
+        shares = {"whole": (rank // 2, 2)}
+        with Loader(mixture, config=config, rank=rank, world_size=4, shares=shares) as loader:
+            for step in range(18):
+                own = expected[step][rank::4] if step < 9 else expected[step][rank // 2 :: 2]
+                assert same(loader.packs(step), own)
+                assert loader.step_weights(step) == sizes[step]
+    with pytest.raises(ConfigError, match=r"slots of stage 'whole' = 2: .* 4 data-parallel ranks"):
+        Loader(mixture, config=config, world_size=4)
+
+
+def test_held_out_clips_are_the_same_on_every_rank(dataset: Path) -> None:
+    config = train_config(slots=2).model_copy(update={"validation": ValidationConfig(share=0.4)})
+    looked = []
+    for rank in range(2):
+        with Loader(Catalog(dataset), config=config, rank=rank, world_size=2) as loader:
+            trained = {segment.sample_id for segment in all_segments(loader, steps=6 + rank)}
+            looked.append(loader.held_out("all", limit=2))
+            assert same(loader.held_out("all", limit=2), looked[-1])
+    assert same(*looked)
+    held = [segment for pack in looked[0] for segment in pack.segments]
+    assert len(held) == 2
+    assert not {segment.sample_id for segment in held} & trained
+    assert all(segment.key.startswith(f"validation/0/{segment.sample_id}/") for segment in held)
 
 
 def test_any_step_equals_never_stopping(dataset: Path) -> None:
@@ -257,12 +308,12 @@ def test_what_was_read_ahead_is_used(dataset: Path, monkeypatch: pytest.MonkeyPa
     read: list[str] = []
     segment = SampleReader.segment
 
-    def recording(self: SampleReader, row: int, *, latent_frames: int, key: str) -> Segment:
-        read.append(key)
-        return segment(self, row, latent_frames=latent_frames, key=key)
+    def recording(self: SampleReader, visit: Visit) -> Segment:
+        read.append(visit.key)
+        return segment(self, visit)
 
     monkeypatch.setattr(SampleReader, "segment", recording)
-    with Loader(Catalog(dataset), config=train_config(prefetch=3)) as loader:
+    with Loader(Catalog(dataset), config=train_config(prefetch=3, readers=1)) as loader:
         used = [segment.key for segment in all_segments(loader, steps=20)]
     assert read[: len(used)] == used
     assert len(set(read)) == len(read)
@@ -277,7 +328,7 @@ def test_epochs_are_planned_once_while_steps_come_in_sequence(
         planned.append(key)
         return keyed_order(sizes, key=key)
 
-    monkeypatch.setattr("trainer.plan.keyed_order", recording)
+    monkeypatch.setattr("trainer.mixture.keyed_order", recording)
     with Loader(Catalog(dataset), config=train_config(prefetch=3)) as loader:
         for step in range(20):
             loader.packs(step)
@@ -459,7 +510,7 @@ def open_shards() -> int:
 
 
 def test_open_shards_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.reader.MAX_OPEN_SHARDS", 3)
+    monkeypatch.setattr("trainer.shards.MAX_OPEN_SHARDS", 3)
     dataset = write_dataset(tmp_path / "latents", rows_per_unit=1)
     with Loader(Catalog(dataset), config=train_config(prefetch=0)) as loader:
         assert len(all_segments(loader, steps=12)) > len(SHAPES)

@@ -6,11 +6,12 @@ from collections import Counter
 from itertools import permutations
 
 import numpy as np
+import pyarrow as pa
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.order import key_of, keyed_generator, keyed_order, permutation
+from trainer.order import hash_strings, key_of, keyed_generator, keyed_order, keyed_shares, permutation
 
 keys = st.integers(0, 2**64 - 1)
 
@@ -56,3 +57,26 @@ def test_keyed_generators_depend_on_every_part_and_on_where_it_ends() -> None:
 
     assert draw(0, "a") == draw(0, "a")
     assert len({draw(0, "a"), draw(1, "a"), draw(0, "b"), draw("a", 0), draw("0a"), draw("0", "a", "")}) == 6
+
+
+@settings(deadline=None)
+@given(texts=st.lists(st.text(st.characters(exclude_characters="\0"), max_size=40), max_size=20))
+def test_hashes_depend_on_the_text_alone(texts: list[str]) -> None:
+    hashes = hash_strings(pa.array(texts, pa.string()))
+    alone = [hash_strings(pa.array([text, "x" * 99]))[0] for text in texts]
+    assert hashes.tolist() == alone  # whatever else is hashed, and however long that is
+    assert len(set(hashes.tolist())) == len(set(texts))
+    assert hash_strings(pa.array(["other", *texts], pa.large_string()).slice(1)).tolist() == alone
+
+
+def test_shares_are_uniform_and_each_turn_is_another_draw() -> None:
+    hashes = hash_strings(pa.array([f"sample {i}" for i in range(20_000)]))
+    draws = np.stack([keyed_shares(hashes, turns=turn, key=key) for turn in (0, 1) for key in (1, 2)])
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    counts = np.stack([np.histogram(each, bins=20, range=(0, 1))[0] for each in draws])
+    # 19 degrees of freedom: chi-squared above 57 has a chance of one in 100,000 (the draws are fixed).
+    assert (((counts - 1000) ** 2 / 1000).sum(1) < 57).all()
+    assert np.abs(np.corrcoef(draws) - np.eye(4)).max() < 0.03
+    mixed = keyed_shares(hashes[:4], turns=np.array([0, 1, 0, 1]), key=1)
+    assert mixed.tolist() == [draws[0, 0], draws[2, 1], draws[0, 2], draws[2, 3]]

@@ -10,31 +10,28 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from schemas.errors import ConfigError
-from schemas.train_config import MeshConfig, OptimConfig, PrecisionConfig
+from schemas.train_config import MeshConfig, PrecisionConfig
 from tests.trainer.gloo import on_two_ranks
-from tests.trainer.stock import CONFIGS, SHAPES, clips, pack_inputs, packed_model
-from trainer.attention import sdpa
-from trainer.model import PackedCogVideoX
-from trainer.objective import clip_errors
-from trainer.optim import make_optimizer, set_lr, set_trainable
-from trainer.parallel import Member, Slices, World, clip_grad_norm, fill, join, mesh_shape, shard
+from tests.trainer.stock import SDPA, SHAPES, clip_errors, clips, pack_inputs, packed_model, tiny_architecture
+from trainer.model import PackedModel, build_model
+from trainer.parallel import Member, MeshShape, World, join
+from trainer.sharding import Slices, clip_grad_norm, fill, parallelize
 from trainer.weights import initial_values
 
 Values = dict[str, torch.Tensor]
 
 
-def sharded_model(world: World, *, param: str = "float32", seed: int | None = None) -> PackedCogVideoX:
+def sharded_model(world: World, *, param: str = "float32", seed: int | None = None) -> PackedModel:
     """A tiny model under FSDP: the weights of `packed_model`, or drawn from `seed`."""
     with torch.device("meta"):
-        model = PackedCogVideoX.build(CONFIGS["5b"], attention=sdpa)
+        model = build_model(tiny_architecture("5b"), SDPA)
     known = packed_model("5b").state_dict()
 
     def read_known(name: str, slices: Slices) -> torch.Tensor:
         return known[name][slices]
 
     read = read_known if seed is None else initial_values("random", model, seed=seed)
-    precision = PrecisionConfig.model_validate({"param": param})
-    shard(model, blocks=model.transformer_blocks, world=world, precision=precision)
+    parallelize(model, world=world, precision=PrecisionConfig.model_validate({"param": param}))
     fill(model, read, device=world.device)
     return model
 
@@ -140,49 +137,33 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("replicate", "sharded", "ranks", "expected"),
-    [(1, 1, 1, (1, 1)), (1, 1, 4, (1, 4)), (2, 1, 4, (2, 2)), (2, 2, 4, (2, 2)), (1, 2, 2, (1, 2))],
+    ("degrees", "ranks", "expected"),
+    [
+        ({}, 1, (1, 1, 1, 1)),
+        ({}, 4, (1, 4, 1, 1)),
+        ({"dp_replicate": 2}, 4, (2, 2, 1, 1)),
+        ({"dp_replicate": 2, "dp_shard": 2}, 4, (2, 2, 1, 1)),
+        ({"dp_shard": 2}, 2, (1, 2, 1, 1)),
+        ({"sp": 4, "tp": 2}, 16, (1, 2, 4, 2)),
+    ],
 )
 def test_the_mesh_takes_all_ranks(
-    replicate: int, sharded: int, ranks: int, expected: tuple[int, int]
+    degrees: dict[str, int], ranks: int, expected: tuple[int, int, int, int]
 ) -> None:
-    assert mesh_shape(MeshConfig(dp_replicate=replicate, dp_shard=sharded), size=ranks) == expected
+    assert MeshShape.of(MeshConfig(**degrees), size=ranks) == MeshShape(*expected)
 
 
-@pytest.mark.parametrize(("replicate", "sharded", "ranks"), [(2, 2, 2), (4, 1, 2), (1, 3, 4), (3, 1, 4)])
-def test_a_mesh_that_does_not_fit_says_what_to_do(replicate: int, sharded: int, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("degrees", "ranks"),
+    [
+        ({"dp_replicate": 2, "dp_shard": 2}, 2),
+        ({"dp_replicate": 4}, 2),
+        ({"dp_shard": 3}, 4),
+        ({"dp_replicate": 3}, 4),
+        ({"dp_shard": 2, "tp": 2}, 2),
+        ({"sp": 3}, 4),
+    ],
+)
+def test_a_mesh_that_does_not_fit_says_what_to_do(degrees: dict[str, int], ranks: int) -> None:
     with pytest.raises(ConfigError, match=f"number of ranks, found {ranks}; start with --nproc"):
-        mesh_shape(MeshConfig(dp_replicate=replicate, dp_shard=sharded), size=ranks)
-
-
-def test_the_trainable_rule_trains_exactly_what_it_names() -> None:
-    model = packed_model("5b")
-    table = set_trainable(model, [r"attn1\.to_[qk]\.", r"^norm_final"])
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {
-        *(
-            f"transformer_blocks.{i}.attn1.to_{x}.{kind}"
-            for i in (0, 1)
-            for x in "qk"
-            for kind in ("weight", "bias")
-        ),
-        "norm_final.weight",
-        "norm_final.bias",
-    }
-    assert [row.split()[1] for row in table] == ["8", "2", "10", "64"]
-    with pytest.raises(ConfigError, match=r"trainable.1 = 'atn1.to_q' matches no parameter.*attn1\.to_q"):
-        set_trainable(model, [".*", "atn1.to_q"])
-
-
-def test_adamw_decays_matrices_only_and_leaves_frozen_parameters_alone() -> None:
-    model = packed_model("5b")
-    set_trainable(model, ["norm_final", "proj_out"])
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = make_optimizer(model, OptimConfig(weight_decay=0.5))
-    set_lr(optimizer, 0.1)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.step()
-    for name, parameter in model.named_parameters():
-        expected = before[name] * (0.95 if name == "proj_out.weight" else 1)
-        torch.testing.assert_close(parameter.detach(), expected)
+        MeshShape.of(MeshConfig(**degrees), size=ranks)

@@ -4,22 +4,44 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.plan import BALANCE_PACKS, PackPlan, Plan, Step, rank_share
+from trainer.mixture import DatasetOrder, Visits
+from trainer.plan import LINEAR_COST, PackPlan, Plan, Step, rank_share
+
+BALANCE_PACKS = 128
 
 
-def make_plan(lengths: list[int], *, slots: int, seed: int = 0, capacity: int = 100) -> Plan:
+def make_plan(
+    lengths: list[int],
+    *,
+    slots: int,
+    seed: int = 0,
+    capacity: int = 100,
+    weight: float = 1.0,
+    balance_packs: int = BALANCE_PACKS,
+) -> Plan:
     """Shards of unequal sizes: 1, 2, 3, ..."""
-    sizes: list[int] = []
-    while sum(sizes) < len(lengths):
-        sizes.append(min(len(sizes) + 1, len(lengths) - sum(sizes)))
+    count, tokens = len(lengths), np.array(lengths)
+    shards = np.repeat(np.arange(count), np.arange(1, count + 1))[:count]
+    order = DatasetOrder(np.arange(count), shards=shards, weight=Fraction(str(weight)), key=seed)
+
+    def epoch(number: int) -> tuple[Visits, np.ndarray]:
+        visits = order.epoch(number)
+        return visits, tokens[visits.rows]
+
     return Plan(
-        np.array(lengths), shard_sizes=sizes, key=("dataset", "stage", seed), capacity=capacity, slots=slots
+        epoch,
+        costs=tokens * (tokens + LINEAR_COST),
+        key=("dataset", "stage", seed),
+        capacity=capacity,
+        slots=slots,
+        balance_packs=balance_packs,
     )
 
 
@@ -47,6 +69,7 @@ def test_every_epoch_holds_every_sample_once(lengths: list[int], slots: int, see
         assert len(late) < BALANCE_PACKS, "a sample was dropped"
         late.append(plan.step(len(steps) + len(late)))
     assert sum(pack.epoch < 3 for step in late for pack in step) < slots
+    assert all(pack.passes == (pack.epoch,) * len(pack.rows) for step in steps for pack in step)
     assert set(visits(steps + late).values()) == {1}, "a sample came twice in one epoch"
 
 
@@ -82,7 +105,7 @@ def test_seeds_and_epochs_put_other_clips_together() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_a_step_without_overlap(world_size: int) -> None:
-    step = [PackPlan(0, (row,)) for row in range(8)]
+    step = [PackPlan(0, (row,), (0,), cost=8 - row) for row in range(8)]
     shares = [rank_share(step, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert {len(share) for share in shares} == {8 // world_size}
     assert sorted(pack.rows for share in shares for pack in share) == [pack.rows for pack in step]
@@ -103,8 +126,12 @@ def test_packs_of_a_step_cost_about_the_same() -> None:
     steps = [[cost(pack) for pack in plan.step(step)] for step in range(packs // 8)]
     busy = sum(map(sum, steps)) / sum(8 * max(step) for step in steps)
     assert busy > 0.92
+    assert all([pack.cost for pack in plan.step(step)] == costs for step, costs in enumerate(steps))
     window = [max(step) for step in steps[: BALANCE_PACKS // 8]]
     assert sorted(window) != window != sorted(window, reverse=True), "steps must not run from cheap to dear"
+    alone = make_plan(lengths, slots=8, capacity=2 * max(lengths), balance_packs=8)
+    as_they_come = [[pack.cost for pack in alone.step(step)] for step in range(packs // 8)]
+    assert sum(map(sum, as_they_come)) / sum(8 * max(step) for step in as_they_come) < 0.85
 
 
 def test_epoch_size_counts_what_the_epoch_takes() -> None:

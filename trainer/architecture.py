@@ -1,0 +1,284 @@
+"""What a model is before it has weights: a config and the dataset's shape in; architecture and layout out.
+
+A model is made for the dataset, or found, as a folder or a hub id in the layout of diffusers, and then held
+against it: everything in which the two differ is named before training starts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
+
+from schemas.adoption import read_adoptions
+from schemas.bucket import PATCH
+from schemas.card import Card
+from schemas.errors import ConfigError
+from schemas.model_files import ModelFiles, find_model
+from schemas.train_config import ModelConfig
+from trainer.catalog import Catalog
+from trainer.dit import PackedDiT, dit_layout
+from trainer.inputs import INPUTS_NAME, check_inputs
+from trainer.layout import Layout
+from trainer.objective import Schedule, read_schedule
+
+Kind = Literal["cogvideox", "dit"]
+CLASSES: dict[Kind, type[Any]] = {"cogvideox": CogVideoXTransformer3DModel, "dit": PackedDiT}
+"""What a config.json describes; diffusers' own class reads and writes a CogVideoX."""
+WEIGHTS = "diffusion_pytorch_model"
+"""Name of weight files, without their ends."""
+_SCHEDULER = "scheduler/scheduler_config.json"
+_BESIDE = (_SCHEDULER, "vae/config.json", "text_encoder/config.json")
+"""What tells more of a model, where it is part of a pipeline."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A transformer before it has weights."""
+
+    kind: Kind
+    config: dict[str, Any]
+    """`cogvideox`: all arguments of diffusers' CogVideoXTransformer3DModel; `dit`: those of `trainer.dit`."""
+    schedule: Schedule
+    local_frames: int = 0
+    """As `ModelConfig` has it."""
+    leading_frames: int = 1
+    """As `Layout` has it."""
+    long_context: Literal["none", "linear"] = "none"
+
+    @property
+    def layout(self) -> Layout:
+        """The token stream its model takes."""
+        config = self.config
+        if self.kind == "dit":
+            return dit_layout(config, local_frames=self.local_frames, leading_frames=self.leading_frames)
+        patch, patch_t = config["patch_size"], config["patch_size_t"]
+        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+        frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+        rotary: Literal["squeezed", "counted"] = "counted" if patch_t else "squeezed"
+        return Layout(
+            patch=patch,
+            patch_t=patch_t or 1,
+            in_channels=config["in_channels"],
+            out_channels=config["out_channels"],
+            head_dim=head_dim,
+            width=heads * head_dim,
+            positions=rotary if config["use_rotary_positional_embeddings"] else "sincos",
+            base=(
+                -(-frames // (patch_t or 1)),
+                config["sample_height"] // patch,
+                config["sample_width"] // patch,
+            ),
+            max_text=config["max_text_seq_length"],
+            spatial_scale=config["spatial_interpolation_scale"],
+            temporal_scale=config["temporal_interpolation_scale"],
+            learned=config["use_learned_positional_embeddings"],
+            image=config["in_channels"] == 2 * config["out_channels"],
+            local_frames=self.local_frames,
+            leading_frames=self.leading_frames,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON, for meta.json."""
+        return asdict(self)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Architecture:
+        """What `record` wrote."""
+        return cls(**{**record, "schedule": Schedule(**record["schedule"])})
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What a model must fit, as the dataset has it."""
+
+    latents: tuple[int, int, int, int]
+    """T, C, H, W of the largest clip."""
+    temporal: int
+    """Pixel frames per latent frame."""
+    prompt: tuple[int, int]
+    """S of the longest prompt, and D."""
+    leading_frames: int = 1
+    """1 where a clip's first frame has a latent frame to itself."""
+    card: Card | None = None
+    """Of the dataset; without one nothing is known of its encoders."""
+    adoptions: Sequence[Mapping[str, Any]] = ()
+    """Records of what was adopted since (`schemas.adoption`)."""
+
+
+def data_shape(*catalogs: Catalog) -> DataShape:
+    """The largest clip and the longest prompt of datasets that are trained on together."""
+    catalog = catalogs[0]
+    shapes = np.concatenate([each.shapes for each in catalogs])
+    prompts = np.concatenate([each.prompt_shapes for each in catalogs])
+    geometry = catalog.card.geometry
+    return DataShape(
+        latents=tuple(shapes[shapes.prod(1).argmax()].tolist()),
+        temporal=geometry.temporal,
+        prompt=tuple(prompts[prompts[:, 0].argmax()].tolist()),
+        # Of a clip encoded in independent pieces, each has a first frame: their lengths are all the same.
+        leading_frames=int(geometry.causal and not geometry.segment_frames),
+        card=catalog.card,
+        adoptions=read_adoptions(catalog.dataset),
+    )
+
+
+def architecture(model: ModelConfig, data: DataShape) -> Architecture:
+    """What `model` describes; ConfigError where it, or what `model.init` names, does not fit the dataset."""
+    if model.text == "cross" and model.kind == "cogvideox":
+        raise ConfigError(
+            "model.text = 'cross' is for model.kind = 'dit'; a CogVideoX has text in its stream"
+        )
+    if model.init == "random":
+        config, schedule = _complete(_random_config(model, data), model.kind), Schedule()
+    else:
+        files = model_files(model.init, revision=model.revision)
+        _check_kind(files, model.kind)
+        config = _complete(files.config, model.kind)
+        _check_fits(config, data, files.folder)
+        if data.card is not None and (model.kind == "cogvideox" or (files.folder / INPUTS_NAME).is_file()):
+            check_inputs(data.card, files.folder, config, adoptions=data.adoptions)
+        schedule = _schedule(files.folder, config)
+    found = Architecture(
+        kind=model.kind,
+        config=config,
+        schedule=schedule,
+        local_frames=model.local_frames,
+        leading_frames=data.leading_frames,
+        long_context=model.long_context,
+    )
+    _check_settings(found.layout, data)
+    return found
+
+
+def model_files(init: str, *, revision: str = "", key: str = "model.init") -> ModelFiles:
+    """The files of a transformer in the layout of diffusers, of its own or in a pipeline; fetched at need."""
+    return find_model(
+        init,
+        subfolder="transformer",
+        key=key,
+        revision=revision,
+        weights=WEIGHTS,
+        beside=_BESIDE,
+        has_all=lambda folder: folder.name != "transformer" or (folder.parent / _SCHEDULER).is_file(),
+    )
+
+
+def _schedule(folder: Path, config: Mapping[str, Any]) -> Schedule:
+    for parent in (folder, folder.parent):
+        if (path := parent / _SCHEDULER).is_file():
+            return read_schedule(path)
+    # The published models without rotary positions, the 2B family, are trained with the shifted schedule.
+    rotary = config.get("use_rotary_positional_embeddings", True)
+    return Schedule() if rotary else Schedule(snr_shift_scale=3.0)
+
+
+def _random_config(model: ModelConfig, data: DataShape) -> dict[str, Any]:
+    """Of a model with rotary positions; the base grid of a CogVideoX is the dataset's largest clip."""
+    frames, channels, height, width = data.latents
+    prompt_tokens, prompt_width = data.prompt
+    config = {
+        "num_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "attention_head_dim": model.attention_head_dim,
+        "time_embed_dim": model.time_embed_dim,
+        "in_channels": channels * (1 + model.image_condition),
+        "out_channels": channels,
+        "text_embed_dim": prompt_width,
+        "max_text_seq_length": prompt_tokens,
+        "patch_size": PATCH,
+    }
+    if model.kind == "dit":
+        return config | {"patch_size_t": model.patch_size_t, "text": model.text}
+    return config | {
+        "sample_frames": (frames - 1) * data.temporal + 1,
+        "sample_height": height,
+        "sample_width": width,
+        "temporal_compression_ratio": data.temporal,
+        "patch_size_t": model.patch_size_t if model.patch_size_t > 1 else None,
+        "use_rotary_positional_embeddings": True,
+    }
+
+
+def _complete(config: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
+    """`config` with its class's defaults filled in, so that a checkpoint says all of it."""
+    parameters = inspect.signature(CLASSES[kind].__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    if unknown := sorted(given.keys() - defaults.keys()):
+        raise ConfigError(
+            f"model.init: config.json has keys that {CLASSES[kind].__name__} (diffusers "
+            f"{diffusers.__version__}) does not know: {', '.join(unknown)}"
+        )
+    wrong = [
+        f"{name} = {value!r}, expected one like {defaults[name]!r}"
+        for name, value in given.items()
+        if not _like(value, defaults[name])
+    ]
+    if wrong:
+        raise ConfigError(f"model.init: config.json has values of other types: {'; '.join(wrong)}")
+    return defaults | given
+
+
+def _like(value: Any, default: Any) -> bool:
+    """Whether a config's value has the type of diffusers' default; None stands for an optional integer."""
+    if default is None:
+        return value is None or type(value) is int
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
+
+
+def _check_kind(files: ModelFiles, kind: Kind) -> None:
+    expected = CLASSES[kind].__name__
+    if (found := files.config.get("_class_name", expected)) != expected:
+        raise ConfigError(
+            f"model.init: {files.folder} holds a {found}, model.kind = {kind!r} is a {expected}; set "
+            "model.kind, or give a model of that class"
+        )
+
+
+def _check_fits(config: Mapping[str, Any], data: DataShape, folder: Path) -> None:
+    channels, (tokens, width) = data.latents[1], data.prompt
+    name = "out_channels" if config["in_channels"] == 2 * config["out_channels"] else "in_channels"
+    checks = [
+        (name, config[name], channels, "latent channels"),
+        ("text_embed_dim", config["text_embed_dim"], width, "prompt width"),
+        ("patch_size", config["patch_size"], PATCH, "patch the dataset's tokens are counted with"),
+        (
+            "temporal_compression_ratio",
+            config.get("temporal_compression_ratio", data.temporal),
+            data.temporal,
+            "pixel frames per latent frame",
+        ),
+    ]
+    wrong = [
+        f"{name} = {found}, the dataset has {want} ({what})"
+        for name, found, want, what in checks
+        if found != want
+    ]
+    if tokens > (limit := config["max_text_seq_length"]):
+        wrong.append(f"max_text_seq_length = {limit}, the dataset's longest prompt has {tokens} tokens")
+    if wrong:
+        raise ConfigError(f"model.init = {str(folder)!r} does not fit the dataset: {'; '.join(wrong)}")
+
+
+def _check_settings(layout: Layout, data: DataShape) -> None:
+    if layout.local_frames % layout.patch_t:
+        raise ConfigError(
+            f"model.local_frames = {layout.local_frames}: expected a multiple of {layout.patch_t}, the "
+            "latent frames of a token"
+        )
+    if layout.learned and layout.local_frames:
+        raise ConfigError(
+            "model.local_frames: this model has learned positions for whole clips; leave local_frames = 0"
+        )
+    if layout.image and data.card is not None and data.card.image == "none":
+        raise ConfigError(
+            "this model is given the clip's first frame, and the dataset has no latents of it: preprocess "
+            "with video_encoder.image_latents = true"
+        )

@@ -1,0 +1,68 @@
+"""The feed: the steps of a stage in; each step's batches out, made by a thread while the step before runs.
+
+Noising, collating and pinning take the host's time, which the device would wait for. The trade-off: the
+batches of one more step are held in host memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from trainer.architecture import Architecture
+from trainer.batch import Batch, prepare
+from trainer.flops import Flops, PackShape, pack_flops
+from trainer.loader import Loader
+from trainer.objective import Objective
+from trainer.packing import Segment, StepWeights
+
+
+@dataclass(frozen=True, eq=False)
+class StepData:
+    """What one rank needs for one step."""
+
+    batches: list[Batch]
+    """On the host, one per pack."""
+    segments: list[Segment]
+    """Clips of all packs, in their order."""
+    weights: StepWeights
+    """Sizes of the step over all ranks."""
+    flops: Flops
+    """Of a forward pass over this rank's packs."""
+
+
+def feed(
+    loader: Loader,
+    *,
+    steps: range,
+    plan: Architecture,
+    objective: Objective,
+    device: torch.device,
+    ahead: bool,
+) -> Iterator[StepData]:
+    """The data of each of `steps`, which lie in one stage; one step ahead of who asks where `ahead`."""
+    layout = plan.layout
+
+    def make(step: int) -> StepData:
+        packs = loader.packs(step)
+        batches = [prepare(pack, objective=objective, layout=layout) for pack in packs]
+        flops = sum((pack_flops(plan, PackShape.of(batch.inputs)) for batch in batches), Flops(0.0, 0.0))
+        return StepData(
+            batches=[batch.pinned() for batch in batches] if device.type == "cuda" else batches,
+            segments=[segment for pack in packs for segment in pack.segments],
+            weights=loader.step_weights(step),
+            flops=flops,
+        )
+
+    if not ahead:
+        yield from map(make, steps)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:
+        pending: Future[StepData] | None = None
+        for step in steps:
+            data = pending.result() if pending else make(step)
+            pending = thread.submit(make, step + 1) if step + 1 in steps else None
+            yield data
