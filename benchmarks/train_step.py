@@ -199,7 +199,7 @@ def measure(settings: StepSettings, *, member: Member, tell: Callable[[str], Non
         parameters = sum(parameter.numel() for parameter in bench.model.parameters())
         say(f"{settings.model}: {parameters:,} parameters; attention {bench.attention.reason}")
         numbers = {
-            "settings": settings.model_dump(),
+            "settings": settings.model_dump() | {"dataset": Path(settings.dataset).name},
             "ranks": world.size,
             "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU",
             "threads": torch.get_num_threads(),

@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from trainer.metrics import DURATIONS, running_mean
 
@@ -22,7 +23,6 @@ Records = Sequence[Mapping[str, Any]]
 _POINTS = 600
 _BLUE, _RED, _GREEN = "#2f6db0", "#c4552d", "#3d8a5a"
 _COLORS = (_BLUE, _RED, _GREEN, "#8a63b0", "#b08a2f", "#5f6b78")
-_STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"}
 
 
 def run_plots(steps: Records, validations: Records, saves: Records) -> dict[str, str]:
@@ -39,7 +39,7 @@ def run_plots(steps: Records, validations: Records, saves: Records) -> dict[str,
         "Fill": _curve(steps, "fill", "share of the budget", percent=True),
         "Waiting for data": _curve(steps, "data_wait", "share of the step", percent=True, zero=True),
         "Memory": _curve(steps, "memory_gb", "GB, first rank", zero=True, smooth=False),
-        "Saves": _saves(saves),
+        "Saves": _saves(saves, steps),
     }
     return {title: svg for title, svg in plots.items() if svg}
 
@@ -95,7 +95,7 @@ def _curve(
     if log and min(value for _, value in points) > 0:
         axes.set_yscale("log")
     if zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(value for _, value in points))
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     elif name == "tokens_per_s":
@@ -105,7 +105,7 @@ def _curve(
     return _svg(axes, steps)
 
 
-def _saves(saves: Records) -> str:
+def _saves(saves: Records, steps: Records) -> str:
     points = _points(saves, "blocked_s")
     if not points:
         return ""
@@ -113,7 +113,7 @@ def _saves(saves: Records) -> str:
     axes.vlines([step for step, _ in points], 0, [value for _, value in points], color=_BLUE, linewidth=1)
     axes.plot(*zip(*points, strict=True), "o", color=_BLUE, markersize=4)
     axes.set_ylim(bottom=0)
-    return _svg(axes, saves)
+    return _svg(axes, steps)
 
 
 def _points(records: Records, name: str) -> list[tuple[int, float]]:
@@ -162,7 +162,9 @@ def _axes(label: str) -> Axes:
 
 
 def _svg(axes: Axes, records: Records) -> str:
-    """The document, with a line where a stage ends."""
+    """The document, over the steps of `records`, with a line where a stage ends."""
+    axes.set_xlim(records[0]["step"] - 1, records[-1]["step"] + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     for before, record in itertools.pairwise(records):
         if before["stage"] != record["stage"]:
             axes.axvline((before["step"] + record["step"]) / 2, color="0.6", linestyle="--", linewidth=0.8)
