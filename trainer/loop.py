@@ -212,7 +212,9 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
         step += 1
 
         # The one collective of a step's end: what is logged, and whether any rank is to stop.
-        by_duration = duration_sums([clip.seconds for clip in data.segments], clip_errors)
+        found = zip(data.segments, clip_errors, strict=True)
+        read = [(clip.seconds, error) for clip, error in found if clip.weight > 0]
+        by_duration = duration_sums([seconds for seconds, _ in read], [error for _, error in read])
         flops = data.flops.training(trained=trained) / world.shape.sp
         unreadable = len(run.loader.unreadable.samples) / world.shape.sp
         loss, told, flops, unreadable, *by_duration = world.sum(
