@@ -56,17 +56,17 @@ class TrainJob:
     config: TrainConfig
 
     def __call__(self) -> None:
-        """One rank of the run. Where steps are left at its end, the job is queued again."""
+        """One rank of the run. Where something is left to do at its end, the job is queued again."""
         from submitit.helpers import TorchDistributedEnvironment
 
         from trainer.checkpoint import checkpoints_folder, newest
-        from trainer.curriculum import total_steps
+        from trainer.resume import is_finished
 
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         # submitit listens for the signal up to the first step, then training does, then submitit again.
         train_here(self.config)
         saved = newest(checkpoints_folder(Path(self.config.output)))
-        if saved is not None and saved.step < total_steps(self.config.stages):
+        if saved is not None and not is_finished(self.config, saved):
             signal.raise_signal(signal.SIGUSR1)
 
     def checkpoint(self) -> Any:

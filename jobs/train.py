@@ -65,12 +65,12 @@ def run_config(config_path: str | Path, *, overrides: Sequence[str], stage: str 
 
 
 def to_do(config: TrainConfig, *, ranks: int) -> bool:
-    """Whether steps are left, and says so where not.
+    """Whether steps, or a look after the last, are left, and says so where not.
 
     ConfigError where `ranks` do not make the mesh of the stage that is next, or the output is another run's:
     before any rank starts, or waits in a queue.
     """
-    from trainer.curriculum import stage_at
+    from trainer.curriculum import stage_at, total_steps
     from trainer.parallel import MeshShape
     from trainer.resume import already_finished, resume_point
 
@@ -78,7 +78,8 @@ def to_do(config: TrainConfig, *, ranks: int) -> bool:
     saved = resume_point(config, cards)
     if already_finished(config, saved):
         return False
-    stage, _ = stage_at(saved.step if saved else 0, config.stages)
+    step = min(saved.step if saved else 0, total_steps(config.stages) - 1)
+    stage, _ = stage_at(step, config.stages)
     MeshShape.of(stage.mesh or config.mesh, size=ranks)
     return True
 

@@ -119,7 +119,9 @@ class DataConfig(Settings):
     image_dropout: Rate = 0.0
     """Image to video: share of visits without the first frame's condition."""
     max_unreadable: NonNegative = 0
-    """Samples of a run that may be unreadable; each is logged and weighs nothing. One more stops the run."""
+    """Samples that may be unreadable, on all ranks together, counted anew when a run is resumed; each is
+    logged and weighs nothing. One more stops the run. Counts as 0 in a run with mesh.sp or mesh.tp above 1,
+    where ranks share a pack and each reads it."""
     cache: str = ""
     """Folder that keeps what was read from s3:// datasets; empty: read anew each time."""
     cache_gb: PositiveFloat = 100.0
@@ -241,7 +243,8 @@ class FilterConfig(Settings):
     tags: dict[str, Annotated[tuple[str | int | float | bool, ...], Field(strict=False)]] = Field(
         default_factory=dict
     )
-    """Extra columns of the manifest and the values that are wanted, as in {"style" = ["anime"]}."""
+    """Extra columns of the manifest and the values that are wanted, as in {"style" = ["anime"]}. Of a list
+    one of its items; 5 also finds the text "5", as CSV files have it."""
 
 
 class LoraConfig(Settings):

@@ -21,12 +21,12 @@ from schemas.bucket import PATCH
 from schemas.card import Card
 from schemas.errors import ConfigError
 from schemas.model_files import ModelFiles, find_model
-from schemas.train_config import ModelConfig
+from schemas.train_config import ModelConfig, TrainConfig
 from trainer.catalog import Catalog
 from trainer.dit import PackedDiT, dit_layout
 from trainer.inputs import INPUTS_NAME, check_inputs
 from trainer.layout import Layout
-from trainer.objective import Schedule, read_schedule
+from trainer.objective import Objective, Schedule, make_objective, read_schedule
 
 Kind = Literal["cogvideox", "dit"]
 CLASSES: dict[Kind, type[Any]] = {"cogvideox": CogVideoXTransformer3DModel, "dit": PackedDiT}
@@ -155,6 +155,23 @@ def architecture(model: ModelConfig, data: DataShape) -> Architecture:
     )
     _check_settings(found.layout, data)
     return found
+
+
+def check_inits(config: TrainConfig, objective: Objective, *, step: int) -> None:
+    """ConfigError where a stage that begins at `step` or later starts from a model of another objective or
+    schedule than the run's."""
+    begins = 0
+    for stage in config.stages:
+        if begins >= step and stage.init not in ("", "random"):
+            where = f"init of stage {stage.name!r}"
+            files = model_files(stage.init, key=where)
+            schedule = _schedule(files.folder, files.config)
+            if schedule.objective and make_objective(config.loss, schedule, where=where) != objective:
+                raise ConfigError(
+                    f"{where}: {files.folder} has another noise schedule than the run: expected "
+                    f"{objective.schedule}, found {schedule}"
+                )
+        begins += stage.steps
 
 
 def model_files(init: str, *, revision: str = "", key: str = "model.init") -> ModelFiles:

@@ -8,7 +8,7 @@ B clips, T latent frames of one (filled up to whole patches), V video tokens, P 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,14 +60,22 @@ class Batch:
         )
 
 
-def prepare(pack: Pack, *, objective: Objective, layout: Layout, timestep: float | None = None) -> Batch:
-    """Noise a pack's clips, each at its own timestep, or all at `timestep`."""
+def prepare(
+    pack: Pack,
+    *,
+    objective: Objective,
+    layout: Layout,
+    timestep: float | None = None,
+    noises: Sequence[torch.Tensor] | None = None,
+) -> Batch:
+    """Noise a pack's clips, each at its own timestep, or all at `timestep`; `noises` [T, C, H, W] of each are
+    those of its key, where they have been drawn already."""
     noisy, targets, timesteps, weights, by_token = [], [], [], [], []
     patch, patch_t = layout.patch, layout.patch_t
-    for segment in pack.segments:
+    for segment, noise in zip(pack.segments, noises or [None] * len(pack.segments), strict=True):
         clean = fill_patches(segment.latents, patch_t=patch_t)
         at = objective.draw_timestep(segment.key) if timestep is None else timestep
-        clip, target = objective.noised(clean, key=segment.key, timestep=at)
+        clip, target = objective.noised(clean, key=segment.key, timestep=at, noise=noise)
         noisy.append(clip)
         targets.append(patchify(target, patch=patch, patch_t=patch_t))
         timesteps.append(at)

@@ -28,6 +28,8 @@ from trainer.order import hash_strings
 
 _FLOATS = ("F32", "F16", "BF16")
 _TENSOR_FIELDS = ("offset", "nbytes", "checksum")
+_KEYS = ("shard", "sample_id", "caption_digest")
+"""Order rows, and tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ class Catalog:
         return weights.flatten().to_numpy(zero_copy_only=False)
 
     def _read(self) -> pa.Table:
-        columns = ["sample_id", "caption_digest", "source_digest", "bucket", "num_frames", "effective_fps"]
-        columns += ["pts_s", "shard", "shape", "dtype"]
+        columns = [*_KEYS, "source_digest", "bucket", "num_frames", "effective_fps"]
+        columns += ["pts_s", "shape", "dtype"]
         columns += ["prompt_shard", "prompt_embeds_shape", "prompt_embeds_dtype"]
         for name in (*self.card.latent_tensors, *self.card.image_tensors, "prompt_embeds"):
             columns += [f"{name}_{field}" for field in _TENSOR_FIELDS]
@@ -153,12 +155,20 @@ class Catalog:
             raise DatasetError(
                 f"{self.dataset} holds no samples to train on; its quarantine.parquet says what failed"
             )
-        keys = [(name, "ascending") for name in ("shard", "sample_id", "caption_digest")]
-        self._order = pc.sort_indices(table, sort_keys=keys)
+        self._order = pc.sort_indices(table, sort_keys=[(name, "ascending") for name in _KEYS])
         return table.select(columns).take(self._order).combine_chunks()
 
     def _read_again(self, column: str) -> pa.Array:
-        return read_index(self.dataset, columns=[column])[column].take(self._order).combine_chunks()
+        """A column of the index for the same rows; DatasetError where it has others by now."""
+        table = read_index(self.dataset, columns=[*_KEYS, column])
+        if table.num_rows >= len(self):
+            table = table.take(self._order)
+            if all(table[name].equals(self._table[name]) for name in _KEYS):
+                return table[column].combine_chunks()
+        raise DatasetError(
+            f"index of {self.dataset} has changed since this run began: expected its {len(self)} rows where "
+            "they were; start again"
+        )
 
     def _column(self, name: str) -> pa.Array:
         return self._table[name].chunk(0)

@@ -10,6 +10,7 @@ its time needs room on disk for the weights twice and for the optimizer's moment
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -67,6 +68,8 @@ def check(config: TrainConfig, *, world: World) -> list[Finding]:
         once = config.model_copy(update={"output": str(run), "stages": (still,), "validation": validation})
         with contextlib.redirect_stdout(sys.stderr):  # what a run says of itself is not the answer
             train(once, world=world)
+        gc.collect()  # as between stages: the model that was trained would stay beside the one to come
+        torch.cuda.empty_cache()
         export(find_checkpoint(run), exported, merge=True)
         before = next(r["loss"] for r in read_records(run / "metrics.jsonl") if r["step"] == 1)
 
@@ -94,6 +97,7 @@ def check(config: TrainConfig, *, world: World) -> list[Finding]:
             patch_t=plan.layout.patch_t,
             images=plan.layout.image,
             local_frames=plan.layout.local_frames,
+            text=plan.layout.text,
         )
         with loader, torch.no_grad():
             after, nothing, weights = 0.0, 0.0, loader.step_weights(0)
@@ -120,6 +124,7 @@ def check(config: TrainConfig, *, world: World) -> list[Finding]:
             seen = validate(
                 partial(predict, model, world=world),
                 loader.held_out(stage.name, _CLIPS),
+                reader=loader,
                 step=0,
                 stage=stage.name,
                 objective=objective,

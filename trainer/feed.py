@@ -1,6 +1,6 @@
 """The feed: the steps of a stage in; each step's batches out, made by a thread while the step before runs.
 
-Noising, collating and pinning take the host's time, which the device would wait for. The trade-off: the
+Noising, collating, splitting and pinning take the host's time, which the device would wait for. The trade-off: the
 batches of one more step are held in host memory.
 """
 
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from trainer.architecture import Architecture
 from trainer.batch import Batch, prepare
@@ -18,6 +16,7 @@ from trainer.flops import Flops, PackShape, pack_flops
 from trainer.loader import Loader
 from trainer.objective import Objective
 from trainer.packing import Segment, StepWeights
+from trainer.parallel import World
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +24,13 @@ class StepData:
     """What one rank needs for one step."""
 
     batches: list[Batch]
-    """On the host, one per pack."""
+    """On the host, one per pack; of the inputs only what this rank computes."""
     segments: list[Segment]
     """Clips of all packs, in their order."""
     weights: StepWeights
     """Sizes of the step over all ranks."""
     flops: Flops
-    """Of a forward pass over this rank's packs."""
+    """Of a forward pass over this rank's packs, whole."""
 
 
 def feed(
@@ -40,7 +39,7 @@ def feed(
     steps: range,
     plan: Architecture,
     objective: Objective,
-    device: torch.device,
+    world: World,
     ahead: bool,
 ) -> Iterator[StepData]:
     """The data of each of `steps`, which lie in one stage; one step ahead of who asks where `ahead`."""
@@ -50,8 +49,10 @@ def feed(
         packs = loader.packs(step)
         batches = [prepare(pack, objective=objective, layout=layout) for pack in packs]
         flops = sum((pack_flops(plan, PackShape.of(batch.inputs)) for batch in batches), Flops(0.0, 0.0))
+        if world.sp is not None:
+            batches = [replace(batch, inputs=world.sp.split(batch.inputs)) for batch in batches]
         return StepData(
-            batches=[batch.pinned() for batch in batches] if device.type == "cuda" else batches,
+            batches=[batch.pinned() for batch in batches] if world.device.type == "cuda" else batches,
             segments=[segment for pack in packs for segment in pack.segments],
             weights=loader.step_weights(step),
             flops=flops,

@@ -10,22 +10,29 @@ slots, gives the same clips with the same draws. Steps asked for in sequence are
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import torch
 
 from schemas.errors import ConfigError
+from schemas.load import digest_of
 from schemas.train_config import StageConfig, TrainConfig
 from schemas.windows import durations
 from trainer.catalog import Catalog
 from trainer.curriculum import slots_of, stage_at, total_steps
+from trainer.frame_weights import FrameWeights
 from trainer.mixture import Mixture
-from trainer.packing import Pack, StepWeights
+from trainer.packing import Pack, Segment, StepWeights
 from trainer.plan import Step, rank_share
 from trainer.reader import SampleReader, Unreadable
-from trainer.stage_plan import Read, StagePlan
+from trainer.stage_plan import Read, StagePlan, counted
 
 Share = tuple[int, int]
 """Data-parallel rank and size."""
@@ -42,13 +49,15 @@ class Loader:
         patch_t: int = 1,
         images: bool = False,
         local_frames: int = 0,
+        text: Literal["joint", "cross"] = "joint",
         rank: int = 0,
         world_size: int = 1,
         shares: Mapping[str, Share] | None = None,
     ) -> None:
         """`patch_t` (2 for CogVideoX 1.5) and `local_frames`: latent frames per token and attention span of
-        the model; `images`: it takes an image condition. `rank` and `world_size` count data-parallel ranks
-        only, `shares` are those of stages with a mesh of their own, by name.
+        the model; `images`: it takes an image condition; `text`: "cross" where it keeps prompts out of its
+        stream. `rank` and `world_size` count data-parallel ranks only, `shares` are those of stages with a
+        mesh of their own, by name.
 
         ConfigError where a stage asks for what the samples, the budget or the ranks cannot give.
         """
@@ -58,9 +67,17 @@ class Loader:
         self._shares = {stage.name: (rank, world_size) for stage in config.stages} | dict(shares or {})
         for stage in config.stages:
             _check_slots(stage, config, self._shares[stage.name][1])
+        weights = FrameWeights(self.mixture, keyframe_lambda=config.loss.keyframe_lambda)
         self._plans = {
             stage.name: StagePlan(
-                self.mixture, stage, config, patch_t=patch_t, local_frames=local_frames, images=images
+                self.mixture,
+                stage,
+                config,
+                weights=weights,
+                patch_t=patch_t,
+                local_frames=local_frames,
+                images=images,
+                text=text,
             )
             for stage in config.stages
         }
@@ -68,8 +85,9 @@ class Loader:
         # remembering the steps in flight keeps the plan from going back and forth over that line.
         self._step_plan = lru_cache(maxsize=config.data.prefetch + 4)(self._plan_step)
         data = config.data
-        self.unreadable = Unreadable(data.max_unreadable)
-        """What this process could not read so far."""
+        meshes = [stage.mesh or config.mesh for stage in config.stages]
+        shared = any(mesh.sp * mesh.tp > 1 for mesh in meshes)
+        self.unreadable = Unreadable(data.max_unreadable, shared=shared)
         self._readers = [
             SampleReader(
                 each, images=images, unreadable=self.unreadable, cache=data.cache, cache_gb=data.cache_gb
@@ -101,15 +119,29 @@ class Loader:
         """T, H, W of the windows that any stage trains on."""
         return set().union(*(plan.latent_shapes for plan in self._plans.values()))
 
-    def held_out(self, stage: str, limit: int) -> list[Pack]:
-        """At most `limit` clips that are never trained on, as `stage` sees them: the same packs in the same
-        order on every rank, with the same keys in every run of one seed. Where validation.share is 0, clips
-        that are trained on."""
-        return list(self._pool.map(self._read, self._plans[stage].validation_reads(limit)))
+    def held_out(self, stage: str, limit: int) -> list[list[Read]]:
+        """At most `limit` clips that are never trained on, as `stage` sees them, in packs: the same on every
+        rank, with the same keys in every run. Where validation.share is 0, clips that are trained on."""
+        return self._plans[stage].validation_reads(limit)
+
+    def read(self, clips: Sequence[Read]) -> Pack:
+        """Clips as one pack, read by all threads."""
+        return Pack(tuple(self._pool.map(self._segment, clips)))
+
+    def prompt(self, clip: Read) -> torch.Tensor | None:
+        """The caption [S, D] of a clip alone; None where it cannot be read."""
+        dataset, visit = clip
+        return self._readers[dataset].prompt(visit)
 
     def plan_digest(self, stage: str) -> str:
         """Equal digests mean equal steps of a stage; in checkpoints, to notice a changed dataset."""
         return self._plans[stage].digest()
+
+    def digest(self) -> str:
+        """Equal on ranks whose steps and held-out clips are the same in all stages."""
+        held_out = [self.mixture.row_hashes[plan.is_held_out] for plan in self._plans.values()]
+        state = hashlib.sha256(np.concatenate(held_out).tobytes()).hexdigest()
+        return digest_of([state, *(plan.digest() for plan in self._plans.values())])
 
     def describe(self) -> str:
         """A few lines for the log: what there is to train on, and what each stage makes of it."""
@@ -120,7 +152,8 @@ class Loader:
             seconds = durations(catalog.pts_s, catalog.pts_offsets, fps=catalog.fps, frames=frames).sum()
             lines.append(
                 (f"{catalog.dataset}, {float(weight):g} times an epoch: " if several else "")
-                + f"{len(catalog)} samples, {seconds:.1f} s of video, {catalog.shards[-1] + 1} shards"
+                + f"{counted(len(catalog), 'sample')}, {seconds:.1f} s of video, "
+                + counted(int(catalog.shards[-1]) + 1, "shard")
             )
         return "\n".join([*lines, *(line for plan in self._plans.values() for line in plan.describe())])
 
@@ -164,7 +197,11 @@ class Loader:
         return self._pending.popleft().result()
 
     def _read(self, reads: list[Read]) -> Pack:
-        return Pack(tuple(self._readers[dataset].segment(visit) for dataset, visit in reads))
+        return Pack(tuple(map(self._segment, reads)))
+
+    def _segment(self, read: Read) -> Segment:
+        dataset, visit = read
+        return self._readers[dataset].segment(visit)
 
 
 def _check_slots(stage: StageConfig, config: TrainConfig, world_size: int) -> None:

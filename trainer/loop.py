@@ -7,22 +7,22 @@ load what the newest checkpoint has, go on from its step.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from schemas.adoption import adoption_notes
-from schemas.errors import ConfigError, RunError
+from schemas.errors import ConfigError, DatasetError, RunError
 from schemas.load import resolved_toml
 from schemas.train_config import StageConfig, TrainConfig
 from trainer import checkpoint
-from trainer.architecture import Architecture, architecture, data_shape
+from trainer.architecture import Architecture, architecture, check_inits, data_shape
 from trainer.checkpoint import Saved
 from trainer.curriculum import budget_of, slots_of, stage_at, total_steps
 from trainer.feed import feed
@@ -30,6 +30,7 @@ from trainer.flops import device_peak
 from trainer.layout import check_clips
 from trainer.lineage import load_weights
 from trainer.loader import Loader
+from trainer.look import Looks, is_owed
 from trainer.lora import add_adapters
 from trainer.losses import batch_loss
 from trainer.metrics import Metrics, SaveRecord, StepRecord, duration_sums, loss_by_duration, memory_gb
@@ -39,12 +40,18 @@ from trainer.objective import Objective, make_objective
 from trainer.optim import make_optimizer, set_lr, set_trainable
 from trainer.parallel import MeshShape, World
 from trainer.probe import choose_attention
-from trainer.resume import already_finished, resume_notes, resume_point, run_meta, saved_architecture
-from trainer.sample import Pictures, draw_samples, guidance_prompt, show
+from trainer.resume import (
+    already_finished,
+    is_finished,
+    resume_notes,
+    resume_point,
+    run_meta,
+    saved_architecture,
+)
+from trainer.sample import Pictures, guidance_prompt
 from trainer.saver import Saver
-from trainer.sharding import clip_grad_norm, fill, parallelize, predict
+from trainer.sharding import clip_grad_norm, fill, parallelize, predict, reduce_over_replicas
 from trainer.stopping import Stopping, stopping
-from trainer.validate import validate
 from trainer.weights import initial_values
 
 
@@ -61,9 +68,7 @@ class Run:
     """On rank 0."""
     saver: Saver
     stop: Stopping
-    pictures: Pictures | None
-    guidance_prompt: torch.Tensor | None
-    """The empty prompt, where samples need it."""
+    looks: Looks
 
 
 def train(config: TrainConfig, *, world: World, pictures: Pictures | None = None) -> None:
@@ -82,6 +87,7 @@ def train(config: TrainConfig, *, world: World, pictures: Pictures | None = None
             saved_architecture(saved) if saved else architecture(config.model, data_shape(*mixture.catalogs))
         )
         objective = make_objective(config.loss, plan.schedule)
+        check_inits(config, objective, step=step)
         plan = replace(plan, schedule=objective.schedule)  # with the objective in it, for export
         loader = held.enter_context(
             Loader(
@@ -90,9 +96,11 @@ def train(config: TrainConfig, *, world: World, pictures: Pictures | None = None
                 patch_t=plan.layout.patch_t,
                 images=plan.layout.image,
                 local_frames=plan.layout.local_frames,
+                text=plan.layout.text,
                 shares={stage.name: share(stage, config, world) for stage in config.stages},
             )
         )
+        same_plan(loader, world)
         check_clips(loader.latent_shapes(), plan.layout)
         tell(mixture, loader, world)
         if saved:
@@ -108,13 +116,17 @@ def train(config: TrainConfig, *, world: World, pictures: Pictures | None = None
         prompt = None
         if config.validation.samples and pictures:
             prompt = guidance_prompt(mixture.catalogs[0].dataset, guidance=config.validation.guidance)
-        run = Run(config, world, loader, plan, objective, metrics, saver, stop, pictures, prompt)
-        while step < total:
+        looks = Looks(config, loader, objective, metrics, pictures, prompt)
+        run = Run(config, world, loader, plan, objective, metrics, saver, stop, looks)
+        if saved and world.on_main(lambda: is_owed(config, step)):
+            look_again(run, saved)
+        stopped = False
+        while step < total and not stopped:
             saved = train_stage(run, step, saved)
             step = saved.step
-            if saved.meta["stopped"]:
-                break
-    if step < total and saved:
+            # A look takes its time: whoever was told to stop meanwhile begins no further stage.
+            stopped = saved.meta["stopped"] or world.sum([run.stop.told])[0] > 0
+    if saved and not is_finished(config, saved):
         world.say(f"stopped {stop.reason}: {saved.path} is whole; requeue me, the same command resumes")
     elif saved:
         world.say(f"finished: {step} steps; weights in {saved.path}, loss curve in {output / 'loss.png'}")
@@ -133,10 +145,20 @@ def start(config: TrainConfig, mixture: Mixture, held: ExitStack) -> Saved | Non
     return saved
 
 
+def same_plan(loader: Loader, world: World) -> None:
+    """DatasetError on every rank where one has another plan than the first: then their steps do not match."""
+    mine = loader.digest()
+    if world.sum([mine != world.on_main(lambda: mine)])[0]:
+        raise DatasetError(
+            "expected the same plan on every rank, found others than the first rank's: an index was written "
+            "while the ranks started; start again, not while `latentpress preprocess` is about to end"
+        )
+
+
 def tell(mixture: Mixture, loader: Loader, world: World) -> None:
     """What there is to train on, and what to know of it."""
     world.say(loader.describe())
-    for catalog in mixture.catalogs:
+    for catalog in {str(each.dataset): each for each in mixture.catalogs}.values():  # one may be there twice
         if catalog.card.padding == "trim":
             world.say(
                 f"text_encoder.padding of {catalog.dataset} is 'trim': this model will not take prompts "
@@ -144,6 +166,14 @@ def tell(mixture: Mixture, loader: Loader, world: World) -> None:
             )
         for note in adoption_notes(catalog.dataset):
             world.say(note)
+
+
+def look_again(run: Run, saved: Saved) -> None:
+    """Take the look that a stop or a kill came before, at the model as it was then."""
+    stage, _ = stage_at(saved.step - 1, run.config.stages)
+    world = run.world.under(stage.mesh or run.config.mesh)
+    model, _ = build(run, stage, world, saved)
+    run.looks.take(model, step=saved.step, stage=stage.name, world=world)
 
 
 def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
@@ -165,12 +195,13 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
     peak = device_peak(world.device, getattr(torch, config.precision.param))
     room = slots_of(stage, config.data) * budget_of(stage, config.data)
     durations: deque[float] = deque(maxlen=20)
+    unreadable, counted = 0, 0.0
     steps = feed(
         run.loader,
         steps=range(step, step + stage.steps - done),
         plan=run.plan,
         objective=run.objective,
-        device=world.device,
+        world=world,
         ahead=config.data.prefetch > 0,
     )
     for step_in_stage in range(done, stage.steps):
@@ -189,6 +220,7 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
                 prediction, batch.to(world.device), loss=config.loss, step=data.weights
             )
             share = share / world.shape.sp  # peers that share the pack all have its whole loss
+            reduce_over_replicas(model, last=batch is data.batches[-1], precision=config.precision)
             share.backward()
             shares.append(share.detach())
             by_clip.append(errors)
@@ -216,10 +248,13 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
         read = [(clip.seconds, error) for clip, error in found if clip.weight > 0]
         by_duration = duration_sums([seconds for seconds, _ in read], [error for _, error in read])
         flops = data.flops.training(trained=trained) / world.shape.sp
-        unreadable = len(run.loader.unreadable.samples) / world.shape.sp
-        loss, told, flops, unreadable, *by_duration = world.sum(
-            [float(torch.stack(shares).sum()), run.stop.told, flops, unreadable, *by_duration]
+        lost = len(run.loader.unreadable.samples)
+        loss, told, flops, lost_by_rank, *by_duration = world.sum(
+            [float(torch.stack(shares).sum()), run.stop.told, flops, lost, *by_duration]
         )
+        if lost_by_rank > counted:  # some rank found more: those of all ranks together, each once
+            counted = lost_by_rank
+            unreadable = run.loader.unreadable.together(world.gather(run.loader.unreadable.found()))
         durations.append(time.perf_counter() - started)
         if run.metrics:
             record = StepRecord(
@@ -237,23 +272,23 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
                 mfu=flops / durations[-1] / (peak * world.size) if peak else None,
                 memory_gb=memory_gb(world.device),
                 loss_by_duration=loss_by_duration(by_duration),
-                unreadable=round(unreadable),
+                unreadable=unreadable,
             )
             run.metrics.log(record)
 
-        # Save and look at intervals, at the end of the stage, and save when told to stop.
-        last, stopped = step_in_stage + 1 == stage.steps, told > 0
-        if last or stopped or step % config.checkpoint.every == 0:
+        # Save and look at intervals and at the end of the stage; save when told to stop, and before a look,
+        # which takes long enough to be killed in. A look that does not come to its end is taken on resume.
+        last, stopped, look = step_in_stage + 1 == stage.steps, told > 0, run.looks.due(step)
+        if last or stopped or look or step % config.checkpoint.every == 0:
             started = time.perf_counter()
             run.saver.save(step, model=model, optimizer=optimizer, meta={"stopped": stopped, **meta})
             if run.metrics:
                 blocked, background = time.perf_counter() - started, config.checkpoint.background
                 run.metrics.add(SaveRecord(step, stage.name, blocked, background))
-        every = config.validation.every
-        if not stopped and (last or (every and step % every == 0)):
-            look(run, model, world, stage, step)
         if stopped:
             break
+        if look:
+            run.looks.take(model, step=step, stage=stage.name, world=world)
     return run.saver.wait()  # a stage has at least one step, and its last one is saved
 
 
@@ -261,6 +296,8 @@ def build(
     run: Run, stage: StageConfig, world: World, saved: Saved | None
 ) -> tuple[PackedModel, torch.optim.AdamW]:
     """A sharded model and its optimizer as they are before the next step of `stage`."""
+    gc.collect()  # FSDP's modules hold one another: those of the stage before would stay beside this one's
+    torch.cuda.empty_cache()
     config, plan = run.config, run.plan
     attention = choose_attention(
         config.model.attention,
@@ -297,40 +334,6 @@ def build(
         for line in load_weights(saved, model, seed=config.seed):
             world.say(f"  {line}")
     return model, optimizer
-
-
-def look(run: Run, model: PackedModel, world: World, stage: StageConfig, step: int) -> None:
-    """Validate, and draw samples; all ranks together."""
-    settings = run.config.validation
-    if settings.share or settings.samples:
-        packs = run.loader.held_out(stage.name, settings.clips)
-        record = validate(
-            partial(predict, model, world=world),
-            packs,
-            step=step,
-            stage=stage.name,
-            timesteps=settings.timesteps,
-            objective=run.objective,
-            layout=model.layout,
-            world=world,
-        )
-        world.say(str(record))
-        if run.metrics:
-            run.metrics.add(record)
-    if settings.samples and run.pictures:
-        packs = run.loader.held_out(stage.name, settings.samples)
-        samples = draw_samples(
-            partial(predict, model, world=world),
-            [segment for pack in packs for segment in pack.segments],
-            config=settings,
-            empty_prompt=run.guidance_prompt,
-            objective=run.objective,
-            layout=model.layout,
-            world=world,
-        )
-        folder = Path(run.config.output) / "samples" / f"step-{step:06d}"
-        pictures = run.pictures
-        world.say(world.on_main(lambda: show(pictures, folder, samples)))
 
 
 def share(stage: StageConfig, config: TrainConfig, world: World) -> tuple[int, int]:

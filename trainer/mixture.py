@@ -129,7 +129,7 @@ class DatasetOrder:
         """`rows` are what is visited, and `shards` the shard of each, ascending. With `clips`, a hash of the
         clip of each, a pass visits every clip once, with one caption: the first by lot, then they take turns.
         """
-        self._rows, self._weight, self._key = rows, weight, key
+        self._rows, self._key = rows, key
         self._firsts = np.arange(len(rows))
         if clips is not None and len(rows):
             self._firsts = np.flatnonzero(np.append(True, clips[1:] != clips[:-1]))
@@ -137,11 +137,13 @@ class DatasetOrder:
         self._hashes = None if clips is None else clips[self._firsts]
         # A shard without any such row must not move the others.
         self._shard_sizes = np.unique(shards[self._firsts], return_counts=True)[1].tolist()
+        self.visits = weight * len(self._firsts)
+        """Of an epoch, on average."""
 
     def epoch(self, number: int) -> Visits:
         """What an epoch visits: none at all where the weight is small and the dataset too."""
         size = len(self._firsts)
-        first, last = (int(epoch * self._weight * size) for epoch in (number, number + 1))
+        first, last = (int(epoch * self.visits) for epoch in (number, number + 1))
         rows, passes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for turn in range(first // max(1, size), -(-last // max(1, size))):
             rows.append(self._pass(turn)[max(0, first - turn * size) : last - turn * size])

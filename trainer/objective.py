@@ -17,14 +17,18 @@ T, C, H, W latents of one clip.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from schemas.errors import ConfigError
 from schemas.train_config import LossConfig
@@ -112,8 +116,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_schedule(path: Path) -> Schedule:
     """The schedule, and with it the objective, of a diffusers `scheduler_config.json`; ConfigError where
     none of the objectives has it."""
-    config = read_json(path)
-    if str(config.get("_class_name", "")).startswith("FlowMatch"):
+    given = read_json(path)
+    config = _scheduler_defaults(given, path) | given
+    if str(config["_class_name"]).startswith("FlowMatch"):
         wrong = [
             f"{name} = {config[name]!r}, expected it unset" for name in _UNKNOWN_TO_FLOW if config.get(name)
         ]
@@ -121,39 +126,55 @@ def read_schedule(path: Path) -> Schedule:
         names: tuple[str, ...] = ("num_train_timesteps", "shift")
     else:
         objective = "eps" if config.get("prediction_type") == "epsilon" else "v"
-        fixed = {"beta_schedule": _FIXED["beta_schedule"], **_SAYS[objective]}
+        fixed = {"beta_schedule": _FIXED["beta_schedule"], "trained_betas": None, **_SAYS[objective]}
         wrong = [
             f"{name} = {config.get(name)!r}, expected {value!r}"
             for name, value in fixed.items()
             if config.get(name) != value
         ]
         names = _BETAS
-    given = {name: config[name] for name in names if name in config}
+    numbers = {name: config[name] for name in names if name in config}
     wrong += [
         f"{name} = {value!r}, expected a positive {'int' if name == 'num_train_timesteps' else 'float'}"
-        for name, value in given.items()
+        for name, value in numbers.items()
         if not _positive(value, whole=name == "num_train_timesteps")
     ]
     if wrong:
         raise ConfigError(f"{path}: this schedule cannot be trained on: {'; '.join(wrong)}")
-    return Schedule(objective, **given)
+    return Schedule(objective, **numbers)
+
+
+def _scheduler_defaults(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What the class that a config names takes where the config says nothing: CogVideoX's shift by 3."""
+    name = str(given.get("_class_name", ""))
+    kind = getattr(diffusers, name, None) if name.isidentifier() else None
+    if not (inspect.isclass(kind) and issubclass(kind, SchedulerMixin)):
+        raise ConfigError(
+            f"{path}: _class_name = {name!r}: expected a scheduler of diffusers {diffusers.__version__}, as "
+            "what the file leaves out is its default"
+        )
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
 
 
 def _positive(value: Any, *, whole: bool) -> bool:
     return type(value) in ((int,) if whole else (int, float)) and value > 0
 
 
-def make_objective(loss: LossConfig, schedule: Schedule) -> Objective:
-    """The objective that `loss` asks for on a model's schedule; ConfigError where that says another one."""
+def make_objective(loss: LossConfig, schedule: Schedule, *, where: str = "model.init") -> Objective:
+    """The objective that `loss` asks for on a model's schedule; ConfigError where that says another one.
+
+    `where` names the model's setting.
+    """
     if schedule.objective not in (None, loss.objective):
         raise ConfigError(
-            f"loss.objective = {loss.objective!r}: the scheduler of model.init says {schedule.objective!r}; "
+            f"loss.objective = {loss.objective!r}: the scheduler of {where} says {schedule.objective!r}; "
             f"set loss.objective = {schedule.objective!r}, or remove its scheduler_config.json for a model "
             "that is to learn another one"
         )
     if schedule.objective == "flow" and schedule.shift != loss.shift:
         raise ConfigError(
-            f"loss.shift = {loss.shift:g}: the scheduler of model.init says {schedule.shift:g}; set "
+            f"loss.shift = {loss.shift:g}: the scheduler of {where} says {schedule.shift:g}; set "
             f"loss.shift = {schedule.shift:g}, or remove its scheduler_config.json to change it"
         )
     settled = replace(schedule, objective=loss.objective, shift=loss.shift)
@@ -195,9 +216,15 @@ class Objective:
         steps = self.schedule.num_train_timesteps
         return steps * share if self.name == "flow" else round((steps - 1) * share)
 
-    def noised(self, clean: torch.Tensor, *, key: str, timestep: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """(noisy, target), shaped like `clean` [T, C, H, W]; the noise is fixed by the visit's key."""
-        noise = torch.randn(clean.shape, generator=keyed_generator(key, "noise"))
+    def noise(self, shape: Sequence[int], *, key: str) -> torch.Tensor:
+        """Fixed by the visit's key."""
+        return torch.randn(tuple(shape), generator=keyed_generator(key, "noise"))
+
+    def noised(
+        self, clean: torch.Tensor, *, key: str, timestep: float, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(noisy, target), shaped like `clean` [T, C, H, W]; `noise` is that of the visit's key."""
+        noise = self.noise(clean.shape, key=key) if noise is None else noise
         if self.name == "flow":
             share = timestep / self.schedule.num_train_timesteps
             return (1 - share) * clean + share * noise, noise - clean

@@ -142,4 +142,4 @@ class StepWeights:
     num_video_tokens: float
     """Each token counted by the weight of its latent frame's error (`Segment.frame_weights`)."""
     num_tokens: int
-    """Video and prompt tokens, each counted once."""
+    """Of the stream: video, and prompts where they are part of it."""

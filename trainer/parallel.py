@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,6 +23,10 @@ from schemas.train_config import MeshConfig
 from trainer.sequence import SequenceParallel
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for the others, as while the first one draws samples. Ranks that fail are killed by
+their launcher at once; this ends the wait for those that hang."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class World:
     """What FSDP shards over, replicas first."""
     tp_mesh: DeviceMesh | None
     sp: SequenceParallel | None
+    known: dict[MeshShape, World] = field(repr=False)
+    """The meshes of these processes so far, this one among them: their process groups are made once."""
 
     @property
     def is_main(self) -> bool:
@@ -110,7 +117,9 @@ class World:
     def under(self, mesh: MeshConfig) -> World:
         """The same processes under a stage's own mesh."""
         shape = MeshShape.of(mesh, size=self.size)
-        return self if shape == self.shape else _world(self.rank, self.size, self.device, shape)
+        if shape not in self.known:
+            self.known[shape] = _world(self.rank, self.size, self.device, shape, known=self.known)
+        return self.known[shape]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over all ranks, the same on each.
@@ -151,10 +160,19 @@ class World:
 
 @contextmanager
 def join(member: Member, mesh: MeshConfig, *, deterministic: bool) -> Iterator[World]:
-    """The process group and its mesh, on this rank's GPU where there is one, else on CPUs with gloo."""
+    """The process group and its mesh, on this rank's GPU where there is one, else on CPUs with gloo.
+
+    ConfigError where there are more ranks than GPUs. On an error of one of several ranks the group is left as
+    it is: ending it waits for the others, and these wait for this one. Its process has to end.
+    """
     shape = MeshShape.of(mesh, size=member.size)
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        if member.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {member.local_rank} of this machine has no GPU of its own: expected as many GPUs as "
+                f"ranks, found torch.cuda.device_count() = {torch.cuda.device_count()}; start as many ranks"
+            )
         device = torch.device("cuda", member.local_rank)
         torch.cuda.set_device(device)
     _set_deterministic(deterministic)
@@ -163,17 +181,25 @@ def join(member: Member, mesh: MeshConfig, *, deterministic: bool) -> Iterator[W
     if given:
         pass
     elif member.store is None:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     else:
-        dist.init_process_group(backend, store=member.store, rank=member.rank, world_size=member.size)
+        dist.init_process_group(
+            backend, store=member.store, rank=member.rank, world_size=member.size, timeout=PATIENCE
+        )
+    known: dict[MeshShape, World] = {}
+    known[shape] = _world(member.rank, member.size, device, shape, known=known)
+    ended_well = False
     try:
-        yield _world(member.rank, member.size, device, shape)
+        yield known[shape]
+        ended_well = True
     finally:
-        if not given:
+        if not given and (ended_well or member.size == 1):
             dist.destroy_process_group()
 
 
-def _world(rank: int, size: int, device: torch.device, shape: MeshShape) -> World:
+def _world(
+    rank: int, size: int, device: torch.device, shape: MeshShape, *, known: dict[MeshShape, World]
+) -> World:
     """Ranks that talk most are neighbours: tensor-parallel peers first, then those that share a pack."""
     full = init_device_mesh(
         device.type,
@@ -197,6 +223,7 @@ def _world(rank: int, size: int, device: torch.device, shape: MeshShape) -> Worl
         mesh=full["dp_replicate", "dp_shard"] if shape.dp_replicate > 1 else full["dp_shard"],
         tp_mesh=full["tp"] if shape.tp > 1 else None,
         sp=sequence,
+        known=known,
     )
 
 

@@ -8,6 +8,7 @@ visits); an epoch is planned lazily while it is trained on.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count, islice
 from operator import attrgetter
@@ -21,6 +22,9 @@ from trainer.packing import iter_packs
 
 PLAN_VERSION = 3
 """Part of every plan digest; raised when the same inputs would give other steps."""
+
+_KEPT = 16
+"""Steps that are remembered behind the newest: going back further plans the epoch again."""
 
 LINEAR_COST = 6 * 3072
 """Attention costs 4 * l^2 * D FLOPs a layer, the rest 24 * l * D^2: in units of 4 * D, l^2 + 6 * D * l.
@@ -73,15 +77,16 @@ class Plan:
 
     def step(self, step: int) -> Step:
         """The `slots` packs of a step of this stage, dearest first; any step, in any order."""
-        if step < self._starts[self._epoch][0]:
+        if step < self._starts[self._epoch][0] + self._made - len(self._steps):
             self._open(max(e for e, (first, _) in enumerate(self._starts) if first <= step))
-        while (at := step - self._starts[self._epoch][0]) >= len(self._steps):
+        while (at := step - self._starts[self._epoch][0]) >= self._made:
             planned = next(self._source, None)
             if planned is None:
                 self._next_epoch()
             else:
                 self._steps.append(planned)
-        return self._steps[at]
+                self._made += 1
+        return self._steps[at - self._made]
 
     def epoch_size(self) -> tuple[int, float]:
         """Packs an epoch takes and how full they are (0..1), extrapolated from the first 1024 packs of the
@@ -93,13 +98,14 @@ class Plan:
 
     def _open(self, epoch: int) -> None:
         self._epoch = epoch
-        self._steps: list[Step] = []
+        self._steps: deque[Step] = deque(maxlen=_KEPT)
+        self._made = 0
         self._carry: Step = []
         self._source = self._epoch_steps(epoch, self._starts[epoch][1])
 
     def _next_epoch(self) -> None:
         if self._epoch + 1 == len(self._starts):
-            first = self._starts[self._epoch][0] + len(self._steps)
+            first = self._starts[self._epoch][0] + self._made
             self._starts.append((first, self._carry))
         self._open(self._epoch + 1)
 

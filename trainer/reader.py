@@ -2,9 +2,10 @@
 
 No container is parsed and nothing is unpickled: a tensor is one read into a buffer that its thread uses
 over and over, and a window is a shorter read further in, since payloads are time-major. Checksums cover
-whole payloads, so a sample's first visit reads all of it, once a run; NaN and Inf are looked for every
-time. Any number of threads reads at once. The price of exactness is the posterior draw: normal numbers
-that depend on the visit alone cost several times what reading does.
+whole payloads: the first visit of half a payload or more reads all of it, once a run, and smaller windows are
+not held against them, which would cost many times their own bytes. NaN and Inf are looked for every time. Any
+number of threads reads at once. The price of exactness is the posterior draw: normal numbers that depend on
+the visit alone cost several times what reading does.
 
 T latent frames, C channels, H, W latent pixels, S prompt tokens, D prompt width.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterable
 from math import prod
 
 import numpy as np
@@ -39,11 +41,19 @@ _BLOCK = 2**16
 
 
 class Unreadable:
-    """The samples that this process could not read in this run, over all its datasets. Thread-safe."""
+    """The samples that this process could not read since it started, over all its datasets. Thread-safe."""
 
-    def __init__(self, limit: int) -> None:
-        """`limit`: data.max_unreadable."""
-        self._limit = limit
+    def __init__(self, limit: int, *, shared: bool = False) -> None:
+        """`limit`: data.max_unreadable. `shared`: ranks share packs, each reading for itself; where one of
+        them put zeros, the others may have read the sample, so the limit is 0.
+        """
+        self._limit = 0 if shared else limit
+        self._why = ""
+        if limit and shared:
+            self._why = (
+                f"; data.max_unreadable = {limit} counts as 0 in a run with mesh.sp or mesh.tp above 1, "
+                "since what one rank cannot read its peers might"
+            )
         self._lock = threading.Lock()
         self.samples: dict[str, str] = {}
         """sample_id -> what is wrong with it."""
@@ -56,12 +66,27 @@ class Unreadable:
             found = len(self.samples)
         if found > self._limit:
             if self._limit == 0:
-                raise error
+                raise DatasetError(f"{error}{self._why}") from error
             raise RunError(
                 f"{found} samples cannot be read, data.max_unreadable = {self._limit}; the last: {error}"
             ) from error
         if not known:
             print(f"left out, {found} of at most {self._limit}: {error}", file=sys.stderr, flush=True)
+
+    def found(self) -> list[tuple[str, str]]:
+        """`samples`, while others add to them."""
+        with self._lock:
+            return list(self.samples.items())
+
+    def together(self, found: Iterable[tuple[str, str]]) -> int:
+        """How many samples `found` by all ranks are; RunError where they are more than the limit."""
+        samples = dict(found)
+        if len(samples) > self._limit:
+            raise RunError(
+                f"{len(samples)} samples cannot be read, on all ranks together, data.max_unreadable = "
+                f"{self._limit}; the last: {[*samples.values()][-1]}"
+            )
+        return len(samples)
 
 
 class SampleReader:
@@ -124,21 +149,24 @@ class SampleReader:
             seconds=visit.seconds,
         )
 
+    def prompt(self, visit: Visit) -> torch.Tensor | None:
+        """The caption [S, D] of a visit alone, float32; None where it cannot be read, see `segment`."""
+        row = visit.row
+        window = (0, int(self._catalog.prompt_shapes[row, 0]))
+        try:
+            stored = self._stored(row, {"prompt_embeds": window})["prompt_embeds"]
+            values = self._finite({"prompt_embeds": _own(stored.to(torch.float32, copy=True))}, row)
+        except DatasetError as error:
+            self._unreadable.add(self._catalog.sample_id(row), error)
+            return None
+        return values["prompt_embeds"]
+
     def stored(self, visit: Visit) -> dict[str, torch.Tensor]:
         """The tensors that a visit needs, windows of them as stored; valid until this thread's next call.
 
         DatasetError names shard and sample where one is damaged or cannot be read.
         """
-        windows = self._windows(visit)
-        parts = [self._part(name, visit.row, *window) for name, window in windows.items()]
-        tensors = {}
-        for (name, window), part, got in zip(windows.items(), parts, self._shards.fill(parts), strict=True):
-            if isinstance(got, OSError):
-                raise self._damaged(name, visit.row, f"cannot be read: {got.strerror or got}") from got
-            if got < len(part.into):
-                raise self._damaged(name, visit.row, f"ends after {got} of {len(part.into)} bytes")
-            tensors[name] = self._tensor(name, visit.row, part, *window)
-        return tensors
+        return self._stored(visit.row, self._windows(visit))
 
     def close(self) -> None:
         """Close every shard; the reader opens them again when used."""
@@ -156,12 +184,25 @@ class SampleReader:
             windows["prompt_embeds"] = (0, int(self._catalog.prompt_shapes[visit.row, 0]))
         return windows
 
+    def _stored(self, row: int, windows: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+        parts = [self._part(name, row, *window) for name, window in windows.items()]
+        tensors = {}
+        for (name, window), part, got in zip(windows.items(), parts, self._shards.fill(parts), strict=True):
+            if isinstance(got, OSError):
+                raise self._damaged(name, row, f"cannot be read: {got.strerror or got}") from got
+            if got < len(part.into):
+                raise self._damaged(name, row, f"ends after {got} of {len(part.into)} bytes")
+            tensors[name] = self._tensor(name, row, part, *window)
+        return tensors
+
     def _part(self, name: str, row: int, first: int, length: int) -> Part:
-        """What is to be read of a tensor: its window, or all of it as long as its checksum was not seen."""
+        """What is to be read of a tensor: its window, or all of it where that is at most twice as much and
+        its checksum was not seen yet."""
         places = self._catalog.places[name]
         whole, *rest = places.shape[row].tolist()
         entry = prod(rest) * DTYPES[places.dtype].itemsize
-        start, nbytes = (first * entry, length * entry) if self._verified[name][row] else (0, whole * entry)
+        verify = not self._verified[name][row] and 2 * length >= whole
+        start, nbytes = (0, whole * entry) if verify else (first * entry, length * entry)
         payload = Payload(
             shard=places.shard_names[places.shard[row]],
             offset=int(places.offset[row]),
@@ -175,7 +216,7 @@ class SampleReader:
         """The window in what was read, checked where that is the whole payload for the first time."""
         places = self._catalog.places[name]
         _, *rest = places.shape[row].tolist()
-        if not self._verified[name][row]:
+        if not self._verified[name][row] and len(part.into) == part.payload.nbytes:
             if (found := checksum(part.into)) != part.payload.checksum:
                 raise self._damaged(name, row, f"has {found}, the index says {part.payload.checksum}")
             self._verified[name][row] = True
@@ -198,6 +239,11 @@ class SampleReader:
             values["image_latents"] = _own(scale_image(drawn, card.scaling, card.image_scaling))
         if "prompt_embeds" in stored:
             values["prompt_embeds"] = _own(stored["prompt_embeds"].to(torch.float32, copy=True))
+        return self._finite(values, visit.row)
+
+    def _finite(self, values: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+        """The same tensors of a Segment, by its names; DatasetError where one is not finite."""
+        card = self._catalog.card
         sources = {
             "latents": card.latent_tensors[0],
             "image_latents": (*card.image_tensors, *card.latent_tensors)[0],
@@ -205,7 +251,7 @@ class SampleReader:
         }
         for name, tensor in values.items():
             if not np.isfinite(tensor.numpy()).all():  # thirty times faster than torch's
-                raise self._damaged(sources[name], visit.row, "holds NaN or Inf")
+                raise self._damaged(sources[name], row, "holds NaN or Inf")
         return values
 
     def _zeros(self, visit: Visit) -> dict[str, torch.Tensor]:

@@ -51,8 +51,12 @@ class RemoteShards:
             return got
         for i, data in zip(wanted, fetched, strict=True):
             part = parts[i]
-            if self._cache and checksum(data) == part.payload.checksum:
-                self._cache.add(self._name(part), data)
+            if self._cache and len(data) == part.payload.nbytes:
+                if (found := checksum(data)) == part.payload.checksum:
+                    self._cache.add(self._name(part), data)
+                else:
+                    got[i] = OSError(f"it has {found}, the index says {part.payload.checksum}")
+                    continue
             window = memoryview(data)[part.start :][: len(part.into)] if self._cache else memoryview(data)
             part.into[: len(window)] = window
             got[i] = len(window)

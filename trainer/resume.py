@@ -23,6 +23,7 @@ from trainer.architecture import Architecture
 from trainer.checkpoint import Saved, all_incomplete, checkpoints_folder, newest
 from trainer.curriculum import total_steps
 from trainer.inputs import inputs_of
+from trainer.look import is_owed
 from trainer.metrics import draw_missing
 
 
@@ -109,9 +110,14 @@ def resume_notes(config: TrainConfig, saved: Saved, *, plan_digest: str) -> list
     return lines
 
 
+def is_finished(config: TrainConfig, saved: Saved) -> bool:
+    """Whether all steps are done, and the look after the last one is taken."""
+    return saved.step >= total_steps(config.stages) and not is_owed(config, saved.step)
+
+
 def already_finished(config: TrainConfig, saved: Saved | None) -> bool:
     """Whether nothing is left to do; says so, and draws the loss curve if a kill came before it."""
-    if saved is None or saved.step < total_steps(config.stages):
+    if saved is None or not is_finished(config, saved):
         return False
     draw_missing(Path(config.output), normalize=config.loss.normalize)
     print(f"nothing to do: {saved.path} has all {saved.step} steps; raise stages.<n>.steps to train longer")

@@ -20,7 +20,7 @@ from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMSchedule
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from schemas.codec import as_float32
-from schemas.errors import ConfigError, LatentpressError
+from schemas.errors import ConfigError
 from schemas.index import lacks_empty_prompt, read_empty_prompt
 from schemas.train_config import ValidationConfig
 from trainer.collate import collate
@@ -29,7 +29,8 @@ from trainer.objective import Objective
 from trainer.order import keyed_generator
 from trainer.packing import Segment
 from trainer.parallel import World
-from trainer.validate import Predict, shared_places
+from trainer.stage_plan import Read
+from trainer.validate import Predict, Reader, shared_places
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +49,6 @@ class Pictures(Protocol):
         """Pictures of all samples beside their references, in a folder that may not be there yet."""
 
 
-def show(pictures: Pictures, folder: Path, samples: Sequence[Sample]) -> str:
-    """Write the pictures; a line on where they are, or on why there are none: no reason to stop training."""
-    try:
-        pictures.write(folder, samples)
-    except (LatentpressError, OSError) as error:
-        return f"note: no pictures in {folder}: {error}"
-    return f"samples: {folder}"
-
-
 def guidance_prompt(dataset: str | Path, *, guidance: float) -> torch.Tensor | None:
     """The empty prompt [S, D] of a dataset, ConfigError where it has none; None where none is needed."""
     if guidance == 1:
@@ -71,19 +63,23 @@ def guidance_prompt(dataset: str | Path, *, guidance: float) -> torch.Tensor | N
 
 def draw_samples(
     predict: Predict,
-    references: Sequence[Segment],
+    clips: Sequence[Read],
     *,
+    reader: Reader,
     objective: Objective,
     layout: Layout,
     config: ValidationConfig,
     empty_prompt: torch.Tensor | None,
     world: World,
-) -> list[Sample]:
-    """A sample of each reference, the same list on every rank; data-parallel ranks share the work."""
+) -> list[torch.Tensor]:
+    """What the model makes of each clip's caption, [T, C, H, W] as in `Sample`: the same list on every rank.
+
+    Data-parallel ranks share the work, and read what they draw.
+    """
     drawn: list[tuple[int, torch.Tensor]] = []
-    for place in shared_places(len(references), world=world):
+    for place in shared_places(len(clips), world=world):
         # A rank whose share is one short repeats the last, as the others wait for it.
-        reference = references[min(place, len(references) - 1)]
+        [reference] = reader.read([clips[min(place, len(clips) - 1)]]).segments
         latents = draw(
             predict,
             reference,
@@ -96,7 +92,7 @@ def draw_samples(
         )
         drawn.append((place, latents))
     found = dict(world.gather(drawn))
-    return [Sample(reference, found[place]) for place, reference in enumerate(references)]
+    return [found[place] for place in range(len(clips))]
 
 
 @torch.no_grad()

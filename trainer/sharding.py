@@ -26,13 +26,14 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from schemas.errors import ConfigError
 from schemas.train_config import PrecisionConfig
 from trainer.collate import PackedInputs
 from trainer.parallel import World
 from trainer.routes import compile_strictly
+from trainer.sequence import PackedShare
 
 Slices = tuple[slice, ...]
 ReadSlice = Callable[[str, Slices], torch.Tensor]
@@ -41,6 +42,18 @@ Recompute = Literal["none", "attention", "feed_forward", "block"]
 
 PARTS = {"attention": "attend", "feed_forward": "feed", "block": "forward"}
 """Which method of a block each `model.recompute` is about."""
+
+KEPT = {
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::_flash_attn_forward",
+    "torch_attn::_varlen_attn",
+}
+"""What is kept of what is recomputed: the results of attention, [L, E] a block. It alone costs with the square
+of a clip's length. Flex attention is no operation of its own once it is compiled, and is recomputed."""
 
 
 class HeadNorm(ParallelStyle):
@@ -94,10 +107,14 @@ def parallelize(
         if recompute != "none":
             part = PARTS[recompute]
             # Nothing in a block is random, and a copy of the generators' states would wait for the device.
-            kept = functools.partial(
-                checkpoint, getattr(block, part), use_reentrant=False, preserve_rng_state=False
+            recomputed = functools.partial(
+                checkpoint,
+                getattr(block, part),
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=functools.partial(create_selective_checkpoint_contexts, _keep),
             )
-            setattr(block, part, kept)
+            setattr(block, part, recomputed)
         if compile:
             compile_strictly()
             block.forward = torch.compile(block.forward)
@@ -114,6 +131,11 @@ def parallelize(
             # The factor alone fails on gloo, which has no pre-multiplied sum.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def _keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """For torch's selective checkpointing: whether an operation's result is kept."""
+    return CheckpointPolicy.MUST_SAVE if operation.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _check_heads(model: nn.Module, world: World) -> None:
@@ -171,11 +193,22 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, Slices]:
 
 
 def predict(model: nn.Module, inputs: PackedInputs, *, world: World) -> torch.Tensor:
-    """The prediction [V, P] for a pack on the host; ranks that share it call together, and each gets all."""
+    """The prediction [V, P] for a pack, or this rank's share of it, on the host.
+
+    Ranks that share a pack call together, and each gets all of its prediction.
+    """
     if world.sp is None:
         return cast(torch.Tensor, model(inputs.to(world.device)))
-    run = world.sp.split(inputs)
+    run = inputs if isinstance(inputs, PackedShare) else world.sp.split(inputs)
     return world.sp.gather(model(run.to(world.device)), run)
+
+
+def reduce_over_replicas(model: nn.Module, *, last: bool, precision: PrecisionConfig) -> None:
+    """Before each backward pass of a step: replicas add up their gradients after its `last` one.
+
+    Until then each adds up its own, in the type of the reduction; where that is short they meet every time.
+    """
+    cast(FSDPModule, model).set_requires_all_reduce(last or precision.reduce != "float32")
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], *, max_norm: float) -> float:
@@ -187,9 +220,11 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], *, max_norm: float) -> fl
     groups: dict[tuple[DeviceMesh, tuple[int, ...]], list[torch.Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            grad = cast(DTensor, parameter.grad)
+            # The mesh of the parameter: what torch remembers of operations may give a gradient an equal one
+            # of process groups that are no more.
+            grad, mesh = cast(DTensor, parameter.grad), cast(DTensor, parameter).device_mesh
             sharded = tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())
-            groups.setdefault((grad.device_mesh, sharded), []).append(grad.to_local())
+            groups.setdefault((mesh, sharded), []).append(grad.to_local())
     squares = []
     for (mesh, sharded), grads in groups.items():
         square = torch.stack(torch._foreach_norm(grads)).double().square().sum()

@@ -9,29 +9,32 @@ times are uneven is not the same time.
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
+import math
+from typing import Literal
 
 import numpy as np
 
-from schemas.bucket import PATCH
 from schemas.errors import ConfigError
 from schemas.load import digest_of
 from schemas.train_config import StageConfig, TrainConfig
 from trainer.curriculum import budget_of, slots_of
+from trainer.frame_weights import FrameWeights
 from trainer.held_out import check_split, held_out_rows, validation_rows
-from trainer.layout import num_spans
-from trainer.losses import latent_frame_weights
 from trainer.mixture import DatasetOrder, Mixture, Visits, mixed
 from trainer.order import key_of, keyed_shares
 from trainer.packing import StepWeights, plan_packs
 from trainer.plan import LINEAR_COST, PLAN_VERSION, PackPlan, Plan, Step
 from trainer.reader import check_windows
 from trainer.stage_filter import filtered
+from trainer.stage_tokens import StageTokens
 from trainer.stage_windows import window_latents, window_seconds
 from trainer.visit import Visit
 
 Read = tuple[int, Visit]
 """A visit, and the dataset it goes to."""
+
+_VALIDATION = "validation"
+"""Begins the keys of validation's visits in every run, so that all use the same noise."""
 
 
 class StagePlan:
@@ -43,17 +46,21 @@ class StagePlan:
         stage: StageConfig,
         config: TrainConfig,
         *,
+        weights: FrameWeights,
         patch_t: int = 1,
         local_frames: int = 0,
         images: bool = False,
+        text: Literal["joint", "cross"] = "joint",
     ) -> None:
-        """`patch_t`, `local_frames`: latent frames per token and per attention span of the model; `images`:
-        it takes an image condition. ConfigError where the stage asks for what samples or budget do not give.
+        """`weights`: of the same mixture. `patch_t`, `local_frames`: latent frames per token and per
+        attention span of the model; `images`: it takes an image condition; `text`: "cross" where it keeps
+        prompts out of its stream. ConfigError where the stage asks for what samples or budget do not give.
         """
         self.mixture, self.stage = mixture, stage
-        self._config, self._patch_t, self._images = config, patch_t, images
+        self._config, self._weights, self._patch_t, self._images = config, weights, patch_t, images
         self._key = (config.seed, stage.name)
-        wanted, share = filtered(mixture, stage), config.validation.share
+        wanted, self._notes = filtered(mixture, stage)
+        share = config.validation.share
         self.is_held_out = held_out_rows(mixture, share=share) & wanted
         """bool [n], of the rows that the stage's filter lets through."""
         if share:
@@ -68,31 +75,29 @@ class StagePlan:
         self.latent_frames = np.concatenate([window_latents(each, stage) for each in catalogs])
         """[n], of a window."""
         self._sides = shapes[:, 2:]
-        self._cells = shapes[:, 2] // PATCH * (shapes[:, 3] // PATCH)
-        # A clip is filled up to whole patches in time, see fill_patches.
-        self._video_tokens = -(-self.latent_frames // patch_t) * self._cells
-        geometry = mixture.card.geometry
-        self._spans = num_spans(
+        self.tokens = StageTokens(
+            mixture,
             self.latent_frames,
-            local_frames=local_frames,
-            leading_frames=int(geometry.causal and not geometry.segment_frames),
+            data=config.data,
             patch_t=patch_t,
+            local_frames=local_frames,
+            text=text,
         )
-        self._prompts = np.concatenate([each.prompt_shapes[:, 0] for each in catalogs])
-        self.tokens = self._video_tokens + self._spans * self._prompts
-        """[n], of video and prompt, with the caption."""
-        self._empty_tokens = self.tokens
-        if config.data.caption_dropout:
-            empty = np.repeat([each.empty_prompt_tokens for each in catalogs], np.diff(mixture.starts))
-            self._empty_tokens = self._video_tokens + self._spans * empty
-        self._check_budget()
-        self._check_multiple()
+        self.tokens.check_budget(stage, np.flatnonzero(wanted))
+        self.tokens.check_multiple(stage, self.rows)
         # Where windows may begin: at every latent frame, or at those of whole pieces.
+        geometry = mixture.card.geometry
         piece = geometry.latent_frames(geometry.segment_frames) if stage.window == "segments" else 1
         self._piece = piece
         self._orders = [self._order(number) for number in range(len(catalogs))]
+        if (visits := sum(order.visits for order in self._orders)) < 1:
+            raise ConfigError(
+                f"stage {stage.name!r}: with their weights, an epoch of all datasets has {float(visits):g} "
+                f"visits, expected 1 or more; multiply all weights by {math.ceil(1 / visits)}"
+            )
         fingerprints = [each.card.fingerprint for each in catalogs]
-        self._costs = self.tokens * (self.tokens // self._spans + LINEAR_COST)
+        whole = self.tokens.whole
+        self._costs = whole * (whole // self.tokens.spans + LINEAR_COST)
         self.plan = Plan(
             self._epoch,
             costs=self._costs,
@@ -120,8 +125,8 @@ class StagePlan:
     def step_weights(self, packs: Step) -> StepWeights:
         rows = np.array([row for pack in packs for row in pack.rows])
         passes = np.array([turn for pack in packs for turn in pack.passes])
-        video = float(self._video_tokens[rows].sum())
-        if self._frame_weights is not None:
+        video = float(self.tokens.video[rows].sum())
+        if not self._weights.all_one:
             video = sum(map(self._weighted_tokens, rows.tolist(), self._first(rows, passes).tolist()))
         return StepWeights(len(rows), video, int(self._tokens(rows, passes).sum()))
 
@@ -148,16 +153,17 @@ class StagePlan:
         and the windows' prefix: the same at every step, however the stage draws its own."""
         among = np.flatnonzero(self.is_held_out) if self._config.validation.share else self.rows
         rows = validation_rows(self.mixture, among, limit=limit)
-        packs = plan_packs(self.tokens[rows].tolist(), capacity=budget_of(self.stage, self._config.data))
-        key = f"validation/{self._config.seed}"
-        return [[self._read(row, key, 0) for row in rows[pack].tolist()] for pack in packs]
+        packs = plan_packs(
+            self.tokens.whole[rows].tolist(), capacity=budget_of(self.stage, self._config.data)
+        )
+        return [[self._read(row, _VALIDATION, 0) for row in rows[pack].tolist()] for pack in packs]
 
     def digest(self) -> str:
         """Equal digests mean equal steps: the same samples in the same packs, drawn alike."""
-        data, rows, mixture = self._config.data, self.rows, self.mixture
+        data, rows, mixture, tokens = self._config.data, self.rows, self.mixture, self.tokens
         state = hashlib.sha256()
         drawn = [self._whole] if self.stage.window != "prefix" and self.cuts else []
-        by_row = [mixture.row_hashes, self.latent_frames, self._video_tokens, self.tokens, self._empty_tokens]
+        by_row = [mixture.row_hashes, self.latent_frames, tokens.video, tokens.whole, tokens.uncaptioned]
         for values in (*by_row, self._costs, *drawn):
             state.update(values[rows].tobytes())
         counts = []
@@ -165,9 +171,7 @@ class StagePlan:
             own = self._own_rows(number)
             counts.append(len(own))
             state.update(np.unique(catalog.shards[own], return_counts=True)[1].tobytes())
-            if self._frame_weights is not None:
-                of_own = np.repeat(np.isin(np.arange(len(catalog)), own), catalog.shapes[:, 0])
-                state.update(self._frame_weights[number][0][of_own].tobytes())
+            state.update(self._weights.tobytes(number, own))
         lot = data.captions == "lot" and len(np.unique(mixture.clip_hashes[rows])) < len(rows)
         rules = [
             [catalog.card.fingerprint for catalog in mixture.catalogs],
@@ -180,18 +184,19 @@ class StagePlan:
 
     def describe(self) -> list[str]:
         """What the stage makes of the samples, in lines."""
-        data, stage, tokens = self._config.data, self.stage, self.tokens[self.rows]
+        data, stage, tokens = self._config.data, self.stage, self.tokens.whole[self.rows]
         packs, fill = self.plan.epoch_size()
         slots = slots_of(stage, data)
         used, there = len(self.rows), len(self.mixture)
         some = "" if used == there else f"{used} of {there} samples, "
         lines = [
-            f"stage {stage.name}: {some}{tokens.min()} to {tokens.max()} tokens a sample, {packs} packs "
-            f"({packs / slots:.1f} steps) an epoch, {fill:.1%} full; packs of like cost share a step, "
-            f"among {self.plan.window}"
+            f"stage {stage.name}: {some}{tokens.min()} to {tokens.max()} tokens a sample, "
+            f"{counted(packs, 'pack')} ({packs / slots:.1f} steps) an epoch, {fill:.1%} full; packs of like "
+            f"cost share a step, among {self.plan.window}",
+            *(f"stage {stage.name}: {note}" for note in self._notes),
         ]
         if self._config.validation.share:
-            lines.append(f"stage {stage.name}: {int(self.is_held_out.sum())} samples are held out")
+            lines.append(f"stage {stage.name}: {counted(int(self.is_held_out.sum()), 'sample')} held out")
         if stage.window == "slice" and self.cuts and self.mixture.card.geometry.temporal > 1:
             lines.append(
                 f"stage {stage.name}: windows begin anywhere, and their latents are not what encoding them "
@@ -224,8 +229,9 @@ class StagePlan:
     def _tokens(self, rows: np.ndarray, passes: np.ndarray) -> np.ndarray:
         """Tokens of visits, [m]."""
         if not self._config.data.caption_dropout:
-            return self.tokens[rows]
-        return np.where(self._empty(rows, passes), self._empty_tokens[rows], self.tokens[rows])
+            return self.tokens.whole[rows]
+        dropped = self._empty(rows, passes)
+        return np.where(dropped, self.tokens.uncaptioned[rows], self.tokens.whole[rows])
 
     def _empty(self, rows: np.ndarray, passes: np.ndarray) -> np.ndarray:
         return self._drawn("caption", self._config.data.caption_dropout, rows, passes)
@@ -253,11 +259,12 @@ class StagePlan:
         self, row: int, key: str, first: int, *, empty_prompt: bool = False, drop_image: bool = False
     ) -> Read:
         length = int(self.latent_frames[row])
-        weights = self._weights(row, first)
+        weights = self._weights.of(row, first=first, length=length)
         dataset, row = self.mixture.locate(row)
         catalog = self.mixture.catalogs[dataset]
-        # A sample may be in two datasets, and the visits to both must not share their noise.
-        twin = f"/{dataset}" if dataset else ""
+        # A sample may be in two datasets, and the visits to both must not share their noise; it is validated
+        # once, with noise that depends on no order of datasets.
+        twin = f"/{dataset}" if dataset and key != _VALIDATION else ""
         visit = Visit(
             row=row,
             first=first,
@@ -270,80 +277,15 @@ class StagePlan:
         )
         return dataset, visit
 
-    @cached_property
-    def _frame_weights(self) -> list[tuple[np.ndarray, np.ndarray]] | None:
-        """(weights of latent frames, where each sample's begin) of each dataset; None where all are 1."""
-        keyframe_lambda = self._config.loss.keyframe_lambda
-        if keyframe_lambda == 1:
-            return None
-        return [
-            (
-                latent_frame_weights(
-                    each.frame_weights(),
-                    each.pts_offsets,
-                    geometry=each.card.geometry,
-                    keyframe_lambda=keyframe_lambda,
-                ),
-                np.concatenate([[0], np.cumsum(each.shapes[:, 0])]),
-            )
-            for each in self.mixture.catalogs
-        ]
-
-    def _weights(self, row: int, first: int) -> np.ndarray | None:
-        """[T] of a window, or None where all are 1."""
-        if self._frame_weights is None:
-            return None
-        length = self.latent_frames[row]
-        dataset, row = self.mixture.locate(row)
-        weights, offsets = self._frame_weights[dataset]
-        return weights[offsets[row] + first :][:length]
-
     def _weighted_tokens(self, row: int, first: int) -> float:
-        weights = self._weights(row, first)
+        weights = self._weights.of(row, first=first, length=int(self.latent_frames[row]))
         assert weights is not None
         # What fills a patch up repeats the first frame, and weighs what that does.
         fill = -len(weights) % self._patch_t
         whole = float(weights.sum(dtype=np.float64)) + fill * float(weights[0])
-        return whole * int(self._cells[row]) / self._patch_t
+        return whole * int(self.tokens.cells[row]) / self._patch_t
 
-    def _check_budget(self) -> None:
-        budget = budget_of(self.stage, self._config.data)
-        used = np.flatnonzero(self.is_held_out | np.isin(np.arange(len(self.mixture)), self.rows))
-        most = np.maximum(self.tokens, self._empty_tokens)
-        longest = int(used[most[used].argmax()])
-        if most[longest] > budget:
-            name = "data.budget_tokens" if self.stage.budget_tokens is None else "its budget_tokens"
-            video, tokens = self._video_tokens[longest], most[longest]
-            raise ConfigError(
-                f"{name} = {budget}: sample {self.mixture.sample_id(longest)} alone needs {tokens} tokens "
-                f"in stage {self.stage.name!r} ({video} video, {tokens - video} prompt); set {name} to "
-                f"{tokens} or more, or the stage's max_s lower"
-            )
 
-    def _check_multiple(self) -> None:
-        multiple = self.stage.token_multiple
-        tokens = self.tokens[self.rows]
-        if not (tokens % multiple).any():
-            return
-        row = int(self.rows[np.argmax(tokens % multiple > 0)])
-        spans, prompt = int(self._spans[row]), int(self._prompts[row])
-        kinds = np.unique(np.column_stack([self._video_tokens, self._spans])[self.rows] % multiple, axis=0)
-        shorter, longer = (
-            range(prompt - 1, max(0, prompt - 1 - multiple), -1),
-            range(prompt + 1, prompt + multiple),
-        )
-        near = [
-            length
-            for way in (shorter, longer)
-            if (length := next((n for n in way if not ((kinds @ [1, n]) % multiple).any()), None))
-        ]
-        raise ConfigError(
-            f"stage {self.stage.name!r}: token_multiple = {multiple}, sample {self.mixture.sample_id(row)} "
-            f"has {self.tokens[row]} tokens ({self._video_tokens[row]} video, {spans} x {prompt} prompt); "
-            + (
-                f"prompts of {' or '.join(map(str, near))} tokens (text_encoder.max_length, with padding = "
-                "'full') suit all windows"
-                if near
-                else "no length of prompts suits all windows: other windows are needed"
-            )
-        )
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

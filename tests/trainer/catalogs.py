@@ -19,6 +19,7 @@ from schemas.scaling import Scaling
 from schemas.tables import sealed_parquet
 from schemas.train_config import TrainConfig
 from trainer.catalog import Catalog
+from trainer.frame_weights import FrameWeights
 from trainer.mixture import Mixture
 from trainer.stage_plan import StagePlan
 
@@ -125,7 +126,8 @@ def plan_config(
 
 def stage_plan(catalog: Catalog | Mixture, config: TrainConfig, **model: Any) -> StagePlan:
     mixture = catalog if isinstance(catalog, Mixture) else Mixture([catalog])
-    return StagePlan(mixture, config.stages[0], config, **model)
+    weights = FrameWeights(mixture, keyframe_lambda=config.loss.keyframe_lambda)
+    return StagePlan(mixture, config.stages[0], config, weights=weights, **model)
 
 
 def video_tokens(clip: Clip, frames: int) -> int:

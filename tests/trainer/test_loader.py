@@ -230,8 +230,11 @@ def test_a_prefix_is_the_beginning_of_the_whole(tmp_path: Path, dtype: Any) -> N
     assert cut > 5
 
 
-def test_a_prefix_reads_all_once_and_then_no_more_than_it_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("max_s", "length", "first"), [(1.0, 3, 3), (2.0, 5, 5), (2.5, 6, 11), (9.0, 11, 11)]
+)
+def test_a_window_of_half_a_payload_reads_all_once_and_others_no_more_than_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_s: float, length: int, first: int
 ) -> None:
     dataset = write_dataset(tmp_path / "latents", store="mean", shapes=[(41, 64, 64)])
     sizes: list[int] = []
@@ -243,18 +246,18 @@ def test_a_prefix_reads_all_once_and_then_no_more_than_it_needs(
 
     monkeypatch.setattr(os, "preadv", counting)
     with Loader(
-        Catalog(dataset), config=train_config(stage(max_s=1.0), budget_tokens=400, prefetch=0)
+        Catalog(dataset), config=train_config(stage(max_s=max_s), budget_tokens=400, prefetch=0)
     ) as loader:
         loader.packs(0)
         loader.packs(1)
     frame, prompt = 16 * 8 * 8 * 4, 4 * PROMPT_WIDTH * 4
-    assert sizes == [11 * frame, prompt, 3 * frame, prompt]
+    assert sizes == [first * frame, prompt, length * frame, prompt]
 
 
 def test_damage_beyond_the_window_is_found(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "latents", store="mean", shapes=[(41, 64, 64)])
     flip(dataset, "latents", at=10 * 16 * 8 * 8 * 4)
-    config = train_config(stage(max_s=1.0), budget_tokens=400)
+    config = train_config(stage(max_s=2.5), budget_tokens=400)
     with (
         Loader(Catalog(dataset), config=config) as loader,
         pytest.raises(DatasetError, match=r"latents has crc32:.* verify"),

@@ -60,7 +60,11 @@ def test_keyed_generators_depend_on_every_part_and_on_where_it_ends() -> None:
 
 
 @settings(deadline=None)
-@given(texts=st.lists(st.text(st.characters(exclude_characters="\0"), max_size=40), max_size=20))
+@given(
+    texts=st.lists(
+        st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40), max_size=20
+    )
+)
 def test_hashes_depend_on_the_text_alone(texts: list[str]) -> None:
     hashes = hash_strings(pa.array(texts, pa.string()))
     alone = [hash_strings(pa.array([text, "x" * 99]))[0] for text in texts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections import Counter
 from fractions import Fraction
@@ -90,6 +91,18 @@ def test_any_step_in_any_order_gives_the_same() -> None:
     for step in (79, 3, 41, 0, 60, 59):
         assert forward.step(step) == steps[step]
         assert make_plan(lengths, slots=2).step(step) == steps[step]
+
+
+def test_a_plan_remembers_a_bounded_number_of_steps() -> None:
+    def held() -> int:
+        return sum(type(each) is PackPlan for each in gc.get_objects())
+
+    plan, before = make_plan([100] * 2000, slots=1), held()
+    asked = [1900, 1899, 1885, 1884, 0, 700]
+    steps = {step: pack for step in range(1901) for pack in plan.step(step) if step in asked}
+    assert len(steps) == len(asked)
+    assert held() - before < 2 * BALANCE_PACKS
+    assert {step: plan.step(step)[0] for step in asked} == steps
 
 
 def test_seeds_and_epochs_put_other_clips_together() -> None:

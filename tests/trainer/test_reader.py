@@ -17,9 +17,10 @@ from schemas.codec import as_float32, checksum
 from schemas.errors import ConfigError, DatasetError, RunError
 from schemas.index import read_index
 from schemas.scaling import Scaling
-from schemas.train_config import LrConfig, StageConfig
+from schemas.train_config import LrConfig, StageConfig, TrainConfig
 from tests.trainer.datasets import SHAPES, clip_tensors, prompt_tensors, write_dataset
 from trainer.catalog import Catalog
+from trainer.loader import Loader
 from trainer.reader import SampleReader, Unreadable, check_windows
 from trainer.visit import Visit
 
@@ -56,7 +57,7 @@ def test_a_window_anywhere_is_that_part_of_the_payload(tmp_path: Path) -> None:
     reader, row = SampleReader(catalog), longest(catalog)
     number = numbers(catalog)[row]
     stored = clip_tensors(number, SHAPES[number], store="mean", dtype="float32")["latents"].data
-    for _ in range(2):  # a first visit reads the whole payload, a second one the window
+    for _ in range(2):  # a first visit of half a payload reads all of it, any other the window
         for first in range(len(stored)):
             for length in range(1, len(stored) - first + 1):
                 segment = reader.segment(visit(catalog, row, first=first, latent_frames=length))
@@ -64,13 +65,17 @@ def test_a_window_anywhere_is_that_part_of_the_payload(tmp_path: Path) -> None:
     reader.close()
 
 
-def test_a_first_visit_of_an_inner_window_checks_the_whole_payload(tmp_path: Path) -> None:
+def test_a_first_visit_of_half_a_payload_checks_all_of_it_a_smaller_window_none(tmp_path: Path) -> None:
     catalog = Catalog(write_dataset(tmp_path / "latents", store="mean"))
     row = longest(catalog)
     places = catalog.places["latents"]
     flip(Path(catalog.dataset) / places.shard_names[places.shard[row]], int(places.offset[row]) + 1)
     with pytest.raises(DatasetError, match="latents has crc32"):
-        SampleReader(catalog).segment(visit(catalog, row, first=2, latent_frames=1))
+        SampleReader(catalog).segment(visit(catalog, row, first=2, latent_frames=3))
+    reader = SampleReader(catalog)
+    assert reader.segment(visit(catalog, row, first=2, latent_frames=2)).weight == 1
+    with pytest.raises(DatasetError, match="latents has crc32"):  # it was not taken for checked
+        reader.segment(visit(catalog, row))
 
 
 def flip(path: Path, at: int) -> None:
@@ -233,6 +238,29 @@ def test_windows_that_would_not_be_what_they_seem_are_refused(
         with pytest.raises(ConfigError, match=refusal):
             check_windows(card, stage, images=images)
     check_windows(card, stage.model_copy(update={"max_s": None}), images=images)
+
+
+def test_ranks_that_share_packs_stop_at_the_first_unreadable_sample(
+    damaged: tuple[Catalog, list[int]],
+) -> None:
+    catalog, rows = damaged
+    config = {"stages": [{"name": "a", "steps": 9, "lr": {"peak": 1.0}}], "data": {"max_unreadable": 9}}
+    for mesh in ({}, {"sp": 2}, {"tp": 2}):
+        settings = TrainConfig.model_validate({"dataset": "x", "output": "r", "mesh": mesh, **config})
+        with Loader(catalog, config=settings) as loader:
+            if not mesh:
+                loader.packs(0)
+                assert set(dict(loader.unreadable.found())) == {catalog.sample_id(row) for row in rows}
+                continue
+            with pytest.raises(DatasetError, match=r"has crc32.* max_unreadable = 9 counts as 0"):
+                loader.packs(0)
+
+
+def test_samples_that_any_rank_could_not_read_are_counted_together() -> None:
+    unreadable = Unreadable(2)
+    assert unreadable.together([("a", "bad a"), ("b", "bad b"), ("a", "bad a")]) == 2
+    with pytest.raises(RunError, match=r"3 samples cannot be read, on all ranks together, .* = 2; .*bad c"):
+        unreadable.together([("a", "bad a"), ("b", "bad b"), ("a", "bad a"), ("c", "bad c")])
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ CLIPS = [
     Clip(9, extra={"style": "photo", "rating": 2}),  # 1 s
     Clip(17, extra={"style": "photo", "good": True}),  # 2 s
     Clip(17, width=48),  # 2 s
-    Clip(25, extra={"style": "anime"}),  # 3 s
+    Clip(25, extra={"style": "anime", "rating": "4", "good": "false", "topics": ["sea", 7]}),  # 3 s
 ]
 
 
@@ -58,6 +58,10 @@ def used(catalog: Catalog, **filter_: Any) -> list[int]:
         ({"tags": {"rating": [1, 2.0]}}, [0, 1]),
         ({"tags": {"good": [True]}}, [2]),
         ({"tags": {"style": ["photo"]}, "min_s": 1.5}, [2]),
+        ({"tags": {"rating": [4]}}, [4]),  # a text, as of a CSV file
+        ({"tags": {"good": [False]}}, [4]),
+        ({"tags": {"topics": ["sky", "sea"]}}, [4]),
+        ({"tags": {"topics": [7]}}, [4]),
     ],
 )
 def test_all_conditions_are_met(catalog: Catalog, filter_: dict[str, Any], expected: list[int]) -> None:
@@ -68,8 +72,10 @@ def test_all_conditions_are_met(catalog: Catalog, filter_: dict[str, Any], expec
     ("filter_", "message"),
     [
         ({"min_s": 9.0, "tags": {"style": ["anime"]}}, "none of 5 samples .*: min_s 0, tags.style 2"),
-        ({"tags": {"good": [1]}}, "tags.good 0"),  # True is not 1
-        ({"tags": {"stil": ["anime"]}}, "filter.tags names stil.*it had good, rating, style"),
+        ({"tags": {"good": [1]}}, r'tags.good 0; good = \[1\] is .* true \(bool\), "false" \(text\)$'),
+        ({"tags": {"rating": ["2", 4.0]}}, r'there is 1 \(number\), 2 \(number\), "4" \(text\)'),
+        ({"tags": {"topics": [8]}}, r'topics = \[8\] is wanted, and there is \["sea", 7\] \(list\)$'),
+        ({"tags": {"stil": ["anime"]}}, "filter.tags names stil.*it had good, rating, style, topics"),
         ({"buckets": ["49x32x32"]}, "filter.buckets has 49x32x32; there are 17x32x32, 17x32x48"),
     ],
 )
@@ -86,3 +92,6 @@ def test_a_dataset_of_a_mixture_may_have_none(catalog: Catalog, tmp_path: Path) 
     assert (plan.rows >= 3).all()
     visited = {row for step in range(5) for pack in plan.step(step) for row in pack.rows}
     assert visited == set(plan.rows.tolist())
+    assert [line for line in plan.describe() if "filter.tags" in line] == [
+        f"stage all: {plain.dataset} has no sample with filter.tags style = ['anime']: it has no such column"
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +24,12 @@ from tests.trainer.catalogs import (
     stage_plan,
     video_tokens,
 )
+from tests.trainer.test_losses import layout
+from trainer.batch import prepare
 from trainer.catalog import Catalog
 from trainer.mixture import Mixture
+from trainer.objective import Schedule, make_objective
+from trainer.packing import Pack, Segment
 from trainer.plan import PackPlan, Step
 from trainer.stage_plan import StagePlan
 from trainer.visit import Visit
@@ -294,19 +299,58 @@ def _weights(clip: Clip, first: int, length: int, keyframe_lambda: float) -> lis
     return [1 + (keyframe_lambda - 1) * min(max(mean - 1, 0), 1) for mean in means]
 
 
+@pytest.mark.parametrize("patch_t", [1, 2])
+def test_weighted_tokens_are_those_of_the_batches(catalog: Catalog, patch_t: int) -> None:
+    config = plan_config(stage={"max_frames": 9, "window": "slice"}, loss={"keyframe_lambda": 3.0})
+    plan = stage_plan(catalog, config, patch_t=patch_t)  # windows of 2 and of 3 latent frames
+    objective = make_objective(config.loss, Schedule())
+    for step in range(20):
+        packs = plan.step(step)
+        found = 0.0
+        for pack in packs:
+            segments = [
+                Segment(
+                    sample_id=visit.key,
+                    key=visit.key,
+                    latents=torch.zeros(visit.latent_frames, 3, *catalog.shapes[visit.row, 2:].tolist()),
+                    prompt_embeds=torch.zeros(2, 8),
+                    frame_weights=torch.tensor(visit.frame_weights),
+                )
+                for _, visit in plan.reads(pack)
+            ]
+            batch = prepare(Pack(tuple(segments)), objective=objective, layout=layout(patch_t))
+            found += float(batch.weight_sums.sum()) / patch_t
+        assert plan.step_weights(packs).num_video_tokens == pytest.approx(found, rel=1e-6)
+
+
 def test_frame_weights_must_be_there(tmp_path: Path) -> None:
     catalog = make_catalog(tmp_path / "set", [Clip(5)])
     with pytest.raises(DatasetError, match=r"frame_weights for loss\.keyframe_lambda"):
-        stage_plan(catalog, plan_config(loss={"keyframe_lambda": 2.0})).step_weights(
-            [PackPlan(0, (0,), (0,), 0)]
-        )
+        stage_plan(catalog, plan_config(loss={"keyframe_lambda": 2.0}))
+
+
+def test_prompts_outside_the_stream_take_no_room(tmp_path: Path) -> None:
+    catalog = make_catalog(tmp_path / "set", [Clip(5), Clip(9, prompts=(400,))])
+    config = plan_config(stage={"budget_tokens": 12}, data={"caption_dropout": 0.5})
+    plan = stage_plan(catalog, config, text="cross", local_frames=1)
+    assert sorted(plan.tokens.whole.tolist()) == [8, 12]
+    for step in range(6):
+        assert plan.step_weights(plan.step(step)).num_tokens in (8, 12)
+    with pytest.raises(ConfigError, match=r"\(8 video, 1 x 0 prompt\); no length of prompts suits"):
+        stage_plan(catalog, plan_config(stage={"token_multiple": 3}), text="cross")
+
+
+def test_weights_that_leave_epochs_empty_are_refused(catalog: Catalog) -> None:
+    stage_plan(Mixture([catalog, catalog], weights=[0.011] * 2), plan_config()).step(0)
+    with pytest.raises(ConfigError, match=r"an epoch of all datasets has 0\.96 .*multiply all weights by 2"):
+        stage_plan(Mixture([catalog, catalog], weights=[0.01] * 2), plan_config())
 
 
 def test_each_span_of_local_attention_has_its_own_prompt(tmp_path: Path) -> None:
     catalog = make_catalog(tmp_path / "set", [Clip(frames) for frames in (1, 5, 9, 13, 17, 33)])
     plan = stage_plan(catalog, plan_config(), local_frames=2)
     spans = [1, 1, 1, 2, 2, 4]  # 1, 2, 3, 4, 5 and 9 latent frames: the first counts to the first span
-    found = dict(zip(catalog.shapes[:, 0].tolist(), plan.tokens.tolist(), strict=True))
+    found = dict(zip(catalog.shapes[:, 0].tolist(), plan.tokens.whole.tolist(), strict=True))
     assert found == {
         frames: 4 * frames + 4 * count for frames, count in zip((1, 2, 3, 4, 5, 9), spans, strict=True)
     }
@@ -358,7 +402,7 @@ def test_describe_says_what_the_stage_does(catalog: Catalog, pieces: Catalog) ->
     assert lines[0].startswith("stage all: ")
     assert "of 48 samples, " in lines[0]
     assert lines[0].endswith("packs of like cost share a step, among 8")
-    assert "samples are held out" in lines[1]
+    assert lines[1].endswith("samples held out")
     assert "--drift" in lines[2]
     for quiet in ({"max_frames": 9}, {"window": "slice"}):
         assert len(stage_plan(catalog, plan_config(stage=quiet)).describe()) == 1
