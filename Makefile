@@ -30,11 +30,12 @@ demo: install  ## from clips to a trained step: about 5 minutes on 2 cores
 	$(BIN)/latentpress verify $(DEMO)/latents
 	$(BIN)/latentpress inspect $(DEMO)/latents -o $(DEMO)/inspect.png
 	$(BIN)/latentpress train configs/train/demo.toml
+	$(BIN)/latentpress report runs/demo
 	@echo
 	@echo "Look at:"
 	@echo "  $(DEMO)/inspect.png            source frames over decoded latents"
 	@echo "  $(DEMO)/latents/summary.json   what preprocessing did, and its slowest stage"
-	@echo "  runs/demo/loss.png               loss curve; metrics.jsonl and the checkpoints are beside it"
+	@echo "  runs/demo/report.html            the training run; metrics.jsonl and the checkpoints are beside it"
 
 test: install  ## all tests that this machine can run (no network; GPU tests are skipped without one)
 	$(BIN)/python -m pytest

@@ -4,24 +4,27 @@
 packs as long as the longest with each kind and with a mix, and times every route, forward and forward with
 backward, at heads of 64 and 128; and again as `precision.deterministic` has it. All routes are asked for the
 same arithmetic: 4 L^2 D per segment and head forward, two and a half times that backward (as FlashAttention
-counts, https://arxiv.org/abs/2307.08691). On a CPU clips are 500 times shorter: it shows that it runs.
+counts, https://arxiv.org/abs/2307.08691). Every number is printed and recorded as soon as it is known, those
+most asked for first, and nothing new is begun after --minutes. On a CPU clips are 500 times shorter: it shows
+that it runs.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import json
 import math
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
-from benchmarks.record import append_result
+from benchmarks.record import RESULTS, append_result
 from trainer.attention import CrossAttentionFunction
 from trainer.probe import try_route
 from trainer.routes import ROUTES
@@ -29,9 +32,11 @@ from trainer.routes import ROUTES
 LATENT_FRAMES = {"3 s": 13, "9 s": 37, "18 s": 73, "30 s": 121, "63 s": 253}
 TOKENS_PER_FRAME = 1350
 PROMPT_TOKENS = 226
-HEADS = ((16, 64), (8, 128))
-"""Heads and their width; both are 1024 wide."""
-SECONDS = 1.0
+WIDTH = 1024
+"""Of all heads together."""
+HEAD_DIMS = (64, 128)
+MIX = "3 to 30 s"
+SECONDS = 0.5
 """Least time that a number is measured for, after one call that compiles and warms up."""
 
 
@@ -43,10 +48,17 @@ class Row:
     deterministic: bool
     head_dim: int
     pack: str
-    forward: float
+    forward: float | None = None
     """TFLOP/s."""
-    both: float
+    both: float | None = None
     """TFLOP/s of forward and backward."""
+    failed: str = ""
+    """Why there are none."""
+
+    def __str__(self) -> str:
+        label = f"{self.route} {self.head_dim}{', deterministic' if self.deterministic else ''}"
+        found = self.failed or f"{self.forward:7.3g} forward, {self.both:7.3g} with backward"
+        return f"{label:<32}{self.pack:<12}{found}"
 
 
 def packs(*, shrink: int = 1) -> dict[str, list[int]]:
@@ -56,38 +68,52 @@ def packs(*, shrink: int = 1) -> dict[str, list[int]]:
     }
     room = max(lengths.values())
     made = {name: [length] * (room // length) for name, length in lengths.items()}
-    return made | {"3 to 30 s": [length for length in lengths.values() if length < room]}
+    return {MIX: [length for length in lengths.values() if length < room]} | made
 
 
-def measure(*, device: torch.device, shrink: int, seconds: float) -> dict[str, Any]:
-    """All numbers: a row per route and pack, the device's matrix product, and what could not run, and why."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rows, passed_over = [], {}
-    for deterministic, (heads, head_dim), route in itertools.product((False, True), HEADS, ROUTES):
-        with deterministic_algorithms(deterministic):
+def measure(
+    *,
+    device: torch.device,
+    shrink: int,
+    seconds: float,
+    minutes: float = math.inf,
+    routes: Sequence[str] = tuple(ROUTES),
+    head_dims: Sequence[int] = HEAD_DIMS,
+    kinds: Sequence[str] = tuple(packs()),
+    deterministic: Sequence[bool] = (False, True),
+) -> Iterator[Row]:
+    """A row per route, head, kind of pack and determinism, as it is found; one without numbers where a route
+    fails. None of which the measuring would begin after `minutes`."""
+    dtype = compute_dtype(device)
+    end = time.monotonic() + 60 * minutes
+    for exact, head_dim, route in itertools.product(deterministic, head_dims, routes):
+        heads = WIDTH // head_dim
+        with deterministic_algorithms(exact):
             found = try_route(route, device=device, dtype=dtype, heads=heads, head_dim=head_dim)
-            if isinstance(found, str):
-                passed_over[route] = found
-                continue
-            for pack, lengths in packs(shrink=shrink).items():
-                run = calls(found[0], lengths, device=device, dtype=dtype, heads=heads, head_dim=head_dim)
-                flops = 4 * sum(length**2 for length in lengths) * heads * head_dim
-                forward, both = (
-                    factor * flops / duration(call, device=device, seconds=seconds) / 1e12
-                    for factor, call in zip((1, 3.5), run, strict=True)
-                )
-                rows.append(Row(route, deterministic, head_dim, pack, forward, both))
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "torch": torch.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shrink": shrink,
-        "matmul_tflops": matmul(
-            device=device, dtype=dtype, size=8192 if shrink == 1 else 512, seconds=seconds
-        ),
-        "rows": [asdict(row) for row in rows],
-        "passed_over": passed_over,
-    }
+            for kind in kinds:
+                if time.monotonic() > end:
+                    return
+                row = Row(route, exact, head_dim, kind)
+                if isinstance(found, str):
+                    yield replace(row, failed=found)
+                    continue
+                lengths = packs(shrink=shrink)[kind]
+                flops = 4 * sum(length**2 for length in lengths) * WIDTH
+                try:
+                    run = calls(found[0], lengths, device=device, dtype=dtype, heads=heads, head_dim=head_dim)
+                    forward, both = (
+                        factor * flops / duration(call, device=device, seconds=seconds) / 1e12
+                        for factor, call in zip((1, 3.5), run, strict=True)
+                    )
+                # What kernels and compilers say where they cannot: the next cell may be one they can.
+                except Exception as error:
+                    yield replace(row, failed=textwrap.shorten(f"{type(error).__name__}: {error}", 200))
+                    continue
+                yield replace(row, forward=forward, both=both)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def calls(
@@ -128,7 +154,7 @@ def duration(call: Callable[[], object], *, device: torch.device, seconds: float
 
     once()
     first = once()
-    return statistics.median([first, *(once() for _ in range(min(50, math.ceil(seconds / first))))])
+    return statistics.median([first, *(once() for _ in range(min(50, int(seconds / first))))])
 
 
 def matmul(*, device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:
@@ -147,27 +173,58 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def table(numbers: dict[str, Any]) -> list[str]:
-    """One line per route and head, `forward / forward and backward` for each kind of pack."""
-    names = list(packs())
-    rows = {(r["route"], r["deterministic"], r["head_dim"], r["pack"]): r for r in numbers["rows"]}
-    lines = [f"{'TFLOP/s':<32}" + "".join(f"{name:>19}" for name in names)]
-    for route, deterministic, head_dim in dict.fromkeys(key[:3] for key in rows):
-        label = f"{route} {head_dim}{', deterministic' if deterministic else ''}"
-        cells = (rows[route, deterministic, head_dim, name] for name in names)
-        pairs = (f"{cell['forward']:.3g} / {cell['both']:.3g}" for cell in cells)
-        lines.append(f"{label:<32}" + "".join(f"{pair:>19}" for pair in pairs))
-    lines.append(f"{numbers['device']}, {numbers['dtype']}; a matrix product: {numbers['matmul_tflops']:.3g}")
-    return lines + [f"{route} cannot be used: {reason}" for route, reason in numbers["passed_over"].items()]
+def table(rows: Sequence[Row]) -> list[str]:
+    """One line per route, head and determinism, `forward / forward and backward` for each kind of pack."""
+    kinds = list(dict.fromkeys(row.pack for row in rows))
+    cells = {(row.route, row.deterministic, row.head_dim, row.pack): row for row in rows}
+    lines = [f"{'TFLOP/s':<32}" + "".join(f"{kind:>17}" for kind in kinds)]
+    for route, exact, head_dim in dict.fromkeys(key[:3] for key in cells):
+        label = f"{route} {head_dim}{', deterministic' if exact else ''}"
+        found = [cells.get((route, exact, head_dim, kind)) for kind in kinds]
+        numbers = [f"{row.forward:.3g} / {row.both:.3g}" if row and row.forward else "-" for row in found]
+        lines.append(f"{label:<32}" + "".join(f"{number:>17}" for number in numbers))
+    return lines
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None, *, results: Path = RESULTS) -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    numbers = measure(device=device, shrink=1 if cuda else 500, seconds=SECONDS if cuda else 0.05)
-    print("\n".join(table(numbers)))
-    print(json.dumps(numbers))
-    append_result("attention", numbers)
+    given = _options(arguments)
+    shrink, seconds = (1, SECONDS) if cuda else (500, 0.05)
+    machine = {
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "torch": torch.__version__,
+        "dtype": str(compute_dtype(device)).removeprefix("torch."),
+        "shrink": shrink,
+    }
+    product = matmul(device=device, dtype=compute_dtype(device), size=8192 if cuda else 512, seconds=seconds)
+    print(f"{machine['device']}, {machine['dtype']}; a matrix product: {product:.3g} TFLOP/s", flush=True)
+    append_result("attention", {**machine, "matmul_tflops": product}, folder=results)
+    rows = []
+    for row in measure(
+        device=device,
+        shrink=shrink,
+        seconds=seconds,
+        minutes=given.minutes,
+        routes=given.route or tuple(ROUTES),
+        head_dims=given.head or HEAD_DIMS,
+        kinds=given.pack or tuple(packs()),
+        deterministic={"no": (False,), "yes": (True,), "both": (False, True)}[given.deterministic],
+    ):
+        print(row, flush=True)
+        append_result("attention", {**machine, **asdict(row)}, folder=results)
+        rows.append(row)
+    print("\n".join(table(rows)))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention")
+    parser.add_argument("--route", action="append", choices=list(ROUTES), help="only this one; repeatable")
+    parser.add_argument("--head", action="append", type=int, choices=HEAD_DIMS, help="only this width")
+    parser.add_argument("--pack", action="append", choices=list(packs()), help="only this kind of pack")
+    parser.add_argument("--deterministic", choices=("no", "yes", "both"), default="both")
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin nothing new after these; default 8")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

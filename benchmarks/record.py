@@ -13,9 +13,9 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def append_result(name: str, numbers: dict[str, Any], *, folder: Path = RESULTS) -> Path | None:
-    """Add a line to `folder`/NAME.jsonl; None where latentpress is installed without its repository."""
-    if not folder.is_dir():
+def append_result(name: str, numbers: dict[str, Any], *, folder: Path | None = RESULTS) -> Path | None:
+    """Add a line to `folder`/NAME.jsonl; None without one, as where latentpress is installed."""
+    if folder is None or not folder.is_dir():
         return None
     path = folder / f"{name}.jsonl"
     line = {

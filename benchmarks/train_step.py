@@ -1,12 +1,13 @@
 """What a training step costs: packed, padded or a clip at a time; determinism, saves and waiting for data.
 
 Whole steps of the trainer's own parts with random weights and made-up clips, the curriculum's lengths in
-equal shares: noising, forward, backward, gradient clip, AdamW. Every way trains on the same clips; tokens
-count once and without padding. `pad to longest` and `pad in batch` have as many clips in a batch as the
-budget holds of the longest, padded to the longest of all or of their batch; they compute the padding, as
-attention with a mask does. On CPUs ways are timed in CPU seconds, which other work on the machine leaves as
-they are. Beside the tokens/s stands their share of a ceiling: of the FLOPs the device has by its data
-sheet, and of those it reaches in one large matrix product.
+equal shares: forward, backward, gradient clip, AdamW. Batches are noised, collated and pinned beforehand, as
+the trainer does while the step before runs; what that takes is a number of its own. Every way trains on the
+same clips; tokens count once and without padding. `pad to longest` and `pad in batch` have as many clips in a
+batch as the budget holds of the longest, padded to the longest of all or of their batch; they compute the
+padding, as attention with a mask does. On CPUs ways are timed in CPU seconds, which other work on the machine
+leaves as they are. Beside the tokens/s stands their share of a ceiling: of the FLOPs the device has by its
+data sheet, and of those it reaches in one large matrix product.
 
 Every rank calls `measure`, alone, under --nproc or under torchrun.
 """
@@ -33,9 +34,10 @@ from schemas.load import check_config
 from schemas.train_config import MeshConfig, TrainConfig
 from trainer.architecture import Architecture
 from trainer.attention import Attention
-from trainer.batch import prepare
+from trainer.batch import Batch, prepare
 from trainer.catalog import Catalog
 from trainer.checkpoint import KEYS, checkpoints_folder, newest
+from trainer.feed import feed
 from trainer.flops import PackShape, device_peak, pack_flops
 from trainer.loader import Loader
 from trainer.losses import batch_loss
@@ -132,18 +134,22 @@ class Bench:
         """Random latents; a clip of one length is the same in every pack."""
         return Pack(tuple(self._made.setdefault(clip, self._segment(clip)) for clip in clips))
 
-    def step(self, packs: Sequence[Pack], *, exact: bool = False) -> float:
+    def batches(self, packs: Sequence[Pack]) -> list[Batch]:
+        """What the trainer's feed makes of packs."""
+        made = [prepare(pack, objective=self.objective, layout=self.model.layout) for pack in packs]
+        return [batch.pinned() for batch in made] if self.world.device.type == "cuda" else made
+
+    def step(self, batches: Sequence[Batch], *, exact: bool = False) -> float:
         """One optimizer step, as the training loop takes it; seconds until the device is done."""
         self.model.attention = (self._exact if exact else self.attention).function
-        weights = StepWeights(sum(len(pack.segments) for pack in packs), 1.0, 1)
+        weights = StepWeights(sum(len(batch.lengths) for batch in batches), 1.0, 1)
         self.world.barrier()
         began = time.perf_counter()
         with _determinism(exact):
-            for pack in packs:
-                batch = prepare(pack, objective=self.objective, layout=self.model.layout)
+            for batch in batches:
                 prediction = predict(self.model, batch.inputs, world=self.world)
-                batch = batch.to(self.world.device)
-                share, _ = batch_loss(prediction, batch, loss=self.config.loss, step=weights)
+                target = batch.to(self.world.device)
+                share, _ = batch_loss(prediction, target, loss=self.config.loss, step=weights)
                 share.backward()
             clip_grad_norm(self.model.parameters(), max_norm=self.config.optim.max_grad_norm)
             set_lr(self.optimizer, self.config.stages[0].lr, step_in_stage=0, steps=1)
@@ -151,13 +157,6 @@ class Bench:
             self.optimizer.zero_grad()
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    def prepare_seconds(self, packs: Sequence[Pack]) -> float:
-        """Of these, spent on the host before the device is given a pack."""
-        began = time.perf_counter()
-        for pack in packs:
-            prepare(pack, objective=self.objective, layout=self.model.layout)
         return time.perf_counter() - began
 
     def _route(self, model: dict[str, Any]) -> Attention:
@@ -207,7 +206,7 @@ def measure(settings: StepSettings, *, member: Member, tell: Callable[[str], Non
             "parameters": parameters,
             "attention": bench.attention.name,
             "ways": _ways(bench, say),
-            "saves": _saves(bench),
+            "saves": _saves(bench, say),
             "loader": _loader(bench) if settings.dataset else None,
         }
         return numbers if world.is_main else None
@@ -215,7 +214,7 @@ def measure(settings: StepSettings, *, member: Member, tell: Callable[[str], Non
 
 def plan_ways(settings: StepSettings, *, rank: int, ranks: int) -> dict[str, Way]:
     """The micro-batches of a rank: the same clips for every way, of each duration as many, but for those few
-    that ranks cannot share."""
+    that ranks cannot share. Where all clips are of one length there is nothing to pad."""
     longest = max(map(settings.tokens, settings.durations_s))
     once = sum(map(settings.tokens, settings.durations_s))
     wanted = settings.packs * ranks
@@ -230,10 +229,13 @@ def plan_ways(settings: StepSettings, *, rank: int, ranks: int) -> dict[str, Way
     clips = [s for pack in packs for s in pack]
     random.Random(1).shuffle(clips)
     batches = [clips[i : i + settings.budget] for i in range(0, len(clips), settings.budget)]
-    ways = {
-        PACKED: [[(s, s) for s in pack] for pack in packs],
-        PADDED: [[(s, max(settings.durations_s)) for s in batch] for batch in batches],
-        IN_BATCH: [[(s, max(batch)) for s in batch] for batch in batches],
+    ways = {PACKED: [[(s, s) for s in pack] for pack in packs]}
+    if len(set(settings.durations_s)) > 1:
+        ways |= {
+            PADDED: [[(s, max(settings.durations_s)) for s in batch] for batch in batches],
+            IN_BATCH: [[(s, max(batch)) for s in batch] for batch in batches],
+        }
+    ways |= {
         # Those that run at the same time are of about the same length, as packs of one step are.
         ONE: [[(s, s)] for s in sorted(clips, reverse=True)],
     }
@@ -244,54 +246,69 @@ def _ways(bench: Bench, say: Callable[[str], None]) -> dict[str, Any]:
     settings, world = bench.settings, bench.world
     ways = plan_ways(settings, rank=world.dp_rank, ranks=world.dp_size)
     ways[EXACT] = ways[PACKED]
-    packs = {name: [bench.pack(clips) for clips in way] for name, way in ways.items()}
+    batches: dict[str, list[Batch]] = {}
+    preparing: dict[str, float] = {}
+    for name, way in ways.items():
+        packs = [bench.pack(clips) for clips in way]
+        began = time.perf_counter()
+        batches[name] = bench.batches(packs)
+        preparing[name] = time.perf_counter() - began
     dtype = getattr(torch, settings.dtype)
     clock = time.perf_counter if world.device.type == "cuda" else time.process_time
     peak, product = device_peak(world.device, dtype), product_flops(world.device, dtype, clock=clock)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    memory: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for rep in range(-1, settings.reps):  # the first one compiles and warms up
-        for name in ways:
+        for name, way in ways.items():
             if world.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             began = clock()
-            bench.step(packs[name], exact=name == EXACT)
+            bench.step(batches[name], exact=name == EXACT)
             taken = clock() - began
-            memory[name] = memory_gb(world.device)
             if rep < 0:
-                say(f"  {name}: {len(packs[name])} passes, warm-up {taken:.2f} s")
-            else:
-                seconds[name].append(taken)
-    found: dict[str, Any] = {}
-    for name, way in ways.items():
-        clips = [s for batch in way for s, _ in batch]
-        own = sum(_flops(bench.architecture, settings, s) for s in clips)
-        tokens, flops = world.sum([sum(map(settings.tokens, clips)), own])
-        median = statistics.median(seconds[name])
-        rate = flops / median / world.size
-        found[name] = {
-            "passes": len(way),
-            "clips": len(clips),
-            "step_s": round(median, 4),
-            "spread_s": [round(min(seconds[name]), 4), round(max(seconds[name]), 4)],
-            "prepare_s": round(bench.prepare_seconds(packs[name]), 4),
-            "tokens": int(tokens),
-            "tokens_per_s": round(tokens / median, 1),
-            "mfu": round(rate / peak, 4) if peak else None,
-            "of_product": round(rate / product, 4),
-            "memory_gb": round(memory[name], 2),
-        }
+                say(f"  {name}: {len(way)} passes, warm-up {taken:.2f} s")
+                continue
+            seconds[name].append(taken)
+            if rep < settings.reps - 1:
+                continue
+            clips = [s for batch in way for s, _ in batch]
+            own = sum(_flops(bench.architecture, settings, s) for s in clips)
+            tokens, flops = world.sum([sum(map(settings.tokens, clips)), own])
+            median = statistics.median(seconds[name])
+            rate = flops / median / world.size
+            found[name] = {
+                "passes": len(way),
+                "clips": len(clips),
+                "step_s": round(median, 4),
+                "spread_s": [round(min(seconds[name]), 4), round(max(seconds[name]), 4)],
+                "prepare_s": round(preparing[name], 4),
+                "tokens": int(tokens),
+                "tokens_per_s": round(tokens / median, 1),
+                "mfu": round(rate / peak, 4) if peak else None,
+                "of_product": round(rate / product, 4),
+                "memory_gb": round(memory_gb(world.device), 2),
+            }
+            say(f"  {name}: {median:.2f} s a step, {tokens / median:,.0f} tokens/s, MFU {found[name]['mfu']}")
     for numbers in found.values():
         numbers["packed_over"] = round(found[PACKED]["tokens_per_s"] / numbers["tokens_per_s"], 3)
     return found
 
 
-def _saves(bench: Bench) -> dict[str, Any]:
-    """Seconds that a save takes from training, and their share of it at one every SAVE_EVERY steps."""
+def _saves(bench: Bench, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Seconds that a save takes from training, and their share of it at one every SAVE_EVERY steps; None, and
+    says so, where two checkpoints have no room on disk."""
     world, settings = bench.world, bench.settings
+    state = 3 * 4 * sum(parameter.numel() for parameter in bench.model.parameters())  # AdamW's moments too
+    free = world.on_main(lambda: shutil.disk_usage(tempfile.gettempdir()).free)
+    if free < 2.1 * state:
+        say(
+            f"  saves are left out: {2.1 * state / 1e9:.0f} GB are needed in {tempfile.gettempdir()}, "
+            f"{free / 1e9:.0f} GB are free; set TMPDIR"
+        )
+        return None
     way = plan_ways(settings, rank=world.dp_rank, ranks=world.dp_size)[PACKED]
-    packs = [bench.pack(clips) for clips in way]
-    alone = statistics.median(bench.step(packs) for _ in range(settings.reps))
+    batches = bench.batches([bench.pack(clips) for clips in way])
+    alone = statistics.median(bench.step(batches) for _ in range(settings.reps))
     found: dict[str, Any] = {"step_s": round(alone, 4), "every": SAVE_EVERY}
     for name, background in (("background", True), ("foreground", False)):
         blocked, costs = [], []
@@ -305,7 +322,7 @@ def _saves(bench: Bench) -> dict[str, Any]:
                 blocked.append(time.perf_counter() - began)
                 steps = 0
                 while background and (steps == 0 or not _is_whole(output, number, world)):
-                    bench.step(packs)
+                    bench.step(batches)
                     steps += 1
                 saver.wait()
                 costs.append(time.perf_counter() - began - steps * alone)
@@ -344,7 +361,7 @@ def _shared_folder(world: World) -> Iterator[Path]:
 
 
 def _loader(bench: Bench) -> dict[str, Any]:
-    """Share of the time of steps on a real dataset that waits for packs, after the first step."""
+    """Share of the time of steps on a real dataset that waits for their batches, after the first step."""
     world, layout = bench.world, bench.model.layout
     waits, seconds = [], []
     with Loader(
@@ -354,12 +371,20 @@ def _loader(bench: Bench) -> dict[str, Any]:
         rank=world.dp_rank,
         world_size=world.dp_size,
     ) as loader:
-        for number in range(bench.settings.loader_steps):
-            began = time.perf_counter()
-            packs = loader.packs(number)
+        steps = feed(
+            loader,
+            steps=range(bench.settings.loader_steps),
+            plan=bench.architecture,
+            objective=bench.objective,
+            world=world,
+            ahead=True,
+        )
+        began = time.perf_counter()
+        for data in steps:
             waits.append(time.perf_counter() - began)
-            bench.step(packs)
+            bench.step(data.batches)
             seconds.append(time.perf_counter() - began)
+            began = time.perf_counter()
     return {
         "steps": len(waits),
         "step_s": round(statistics.median(seconds[1:]), 4),

@@ -35,7 +35,7 @@ def loader(
     peers: bool,
     json_path: Path | None,
     plot_path: Path | None,
-    results: Path = RESULTS,
+    results: Path | None = RESULTS,
 ) -> int:
     """Measure, print the table, write what was asked for; returns the exit code."""
     for path in (json_path, plot_path):

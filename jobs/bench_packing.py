@@ -22,7 +22,7 @@ def packing(
     seed: int,
     json_path: Path | None,
     plot_path: Path | None,
-    results: Path = RESULTS,
+    results: Path | None = RESULTS,
 ) -> int:
     """Plan `clips` clips every way, print the table, write what was asked for; returns the exit code."""
     check_folders(json_path, plot_path)

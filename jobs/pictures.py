@@ -35,6 +35,8 @@ SHEET_NAME, VIDEO_NAME = "samples.png", "samples.mp4"
 _COLUMNS = 8
 """Frames of a clip on the sheet."""
 _GAP, _LINE, _MOST_FPS = 8, 24, 30
+_MOST_CLIPS = 16
+"""In a video: four by four, which any player takes. The sheet has them all."""
 _UNTIMED_FPS = 8
 
 
@@ -141,7 +143,8 @@ def draw_samples(shown: Sequence[Shown], *, title: str) -> Image.Image:
 
 
 def write_video(shown: Sequence[Shown], path: Path) -> None:
-    """Every clip beside its sample (right), at its own speed; short ones wait at their last frame."""
+    """The first clips, each beside its sample (right) at its own speed; short ones wait at their end."""
+    shown = shown[:_MOST_CLIPS]
     cells = [cell_size(*clip.reference.shape[2:0:-1]) for clip in shown]
     width = 2 * max(cell[0] for cell in cells) + _GAP
     height = max(cell[1] for cell in cells) + _LINE

@@ -7,6 +7,7 @@ Ray Train starts one process per GPU, makes their process group and watches over
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from jobs.train import run_config, to_do, train_here
 from schemas.errors import EXIT_DONE, LatentpressError, RunError
 from schemas.train_config import TrainConfig
 
+_KNOCK_S = 5.0
+_OWN_PRINT = "RAY_TRAIN_ENABLE_PRINT_PATCH"
+"""Ray Train's own print() for its workers writes to a logger and to standard output, and both are shown. It
+hands this setting on to them."""
+
 
 def submit_ray(
     config_path: str | Path, *, overrides: Sequence[str], stage: str | None, address: str, workers: int
@@ -27,17 +33,28 @@ def submit_ray(
     if not to_do(config, ranks=workers):
         return EXIT_DONE
     try:
+        _knock(address)
         ray.init(address, ignore_reinit_error=True)
-    except ConnectionError as error:
-        raise RunError(f"no Ray cluster at {address}: {error}") from error
+    except OSError as error:
+        raise RunError(
+            f"no Ray cluster at {address}: {error}; expected HOST:PORT as `ray start --head` prints it"
+        ) from error
     fit(config, workers=workers)
     return EXIT_DONE
+
+
+def _knock(address: str) -> None:
+    """OSError where nothing listens at HOST:PORT; Ray itself would wait for it for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 def fit(config: TrainConfig, *, workers: int) -> None:
     """Train on the cluster this process is connected to: on its GPUs, or where it has none on CPUs."""
     gpus = ray.cluster_resources().get("GPU", 0) > 0
     here = os.getcwd()
+    os.environ.setdefault(_OWN_PRINT, "0")
 
     def worker() -> None:
         os.chdir(here)  # Ray's own folder means nothing to the paths of a config

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader
 from jobs.console import console, duration, print_json, table
 from jobs.run_plots import Records, run_plots
 from schemas.errors import EXIT_DONE, ConfigError
-from trainer.checkpoint import META_NAME
+from trainer.checkpoint import all_complete, checkpoints_folder
 from trainer.metrics import read_records
 
 PAGE_NAME = "report.html"
@@ -30,6 +30,11 @@ _SHEETS = 4
 
 def report_run(run: Path, *, output: Path | None, as_json: bool) -> int:
     """Write the page of a run (`output`, or report.html inside it); returns the exit code."""
+    if (run / "card.json").exists():
+        raise ConfigError(
+            f"{run} is a dataset, and this draws training runs: expected the output folder of `latentpress "
+            "train`; `latentpress verify` and `inspect` look at datasets"
+        )
     records = read_records(run / "metrics.jsonl", kind=None)
     steps = _of(records, "step")
     if not steps:
@@ -154,19 +159,16 @@ def _by_duration(steps: Records) -> dict[str, float]:
 
 def _checkpoints(run: Path) -> list[dict[str, Any]]:
     """Complete checkpoints that are there, oldest first."""
-    found = (run / "checkpoints").glob(f"step-*/{META_NAME}")
-    named = [(int(path.parent.name.removeprefix("step-")), path.parent) for path in found]
-    return [
-        {"step": step, "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())}
-        for step, folder in sorted(named)
-    ]
+    complete = all_complete(checkpoints_folder(run))
+    return [{"step": saved.step, "bytes": sum(saved.meta["files"].values())} for saved in complete]
 
 
 def _sheets(run: Path) -> list[Path]:
     """Sample sheets of the newest steps that have some, newest first."""
-    folders = [path for path in (run / "samples").glob("step-*") if path.is_dir()]
-    folders.sort(key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-    return [sheet for folder in folders for sheet in sorted(folder.glob("*.png"))][:_SHEETS]
+    numbers = {path: path.name.removeprefix("step-") for path in (run / "samples").glob("step-*")}
+    drawn = [path for path, number in numbers.items() if number.isdecimal()]
+    drawn.sort(key=lambda path: int(numbers[path]), reverse=True)
+    return [sheet for folder in drawn for sheet in sorted(folder.glob("*.png"))][:_SHEETS]
 
 
 def _show(numbers: dict[str, Any]) -> None:

@@ -85,6 +85,11 @@ def submit_slurm(
             f"--slurm: found no {' and no '.join(missing)}; run this on a login node of the cluster"
         )
     config = run_config(config_path, overrides=overrides, stage=stage)
+    if 60 * options.time_min <= (margin := config.checkpoint.time_margin_s):
+        raise ConfigError(
+            f"--time {options.time_min} leaves no time to train: expected more minutes than "
+            f"checkpoint.time_margin_s, {margin:g} s, which is kept for the last save"
+        )
     if to_do(config, ranks=options.ranks):
         job = submit(config, options=options, cluster="slurm")
         print(f"submitted job {job.job_id}: {options.ranks} ranks; log {job.paths.stdout}")

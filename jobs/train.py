@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -22,7 +22,15 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from schemas.card import read_card
-from schemas.errors import EXIT_DONE, EXIT_GATE, EXIT_USAGE, ConfigError, LatentpressError, RunError
+from schemas.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_GATE,
+    EXIT_USAGE,
+    ConfigError,
+    LatentpressError,
+    RunError,
+)
 from schemas.load import load_config
 from schemas.store import location
 from schemas.train_config import MeshConfig, TrainConfig
@@ -93,7 +101,7 @@ def check(config_path: str | Path, *, overrides: Sequence[str], stage: str | Non
     config = run_config(config_path, overrides=overrides, stage=stage)
     member, deterministic = parallel.Member.alone(), config.precision.deterministic
     with parallel.join(member, MeshConfig(), deterministic=deterministic) as world:
-        findings = run(config.model_copy(update={"mesh": MeshConfig()}), world=world)
+        findings = run(config, world=world)
     rows = table("check", "found", "")
     for finding in findings:
         outcome = {True: "ok", False: "FAILED", None: "cannot be told"}[finding.passed]
@@ -117,10 +125,12 @@ def train_here(config: TrainConfig) -> None:
     """This process as one rank: alone, or as the environment says."""
     from trainer.parallel import Member
 
-    _train_as(Member.from_environment() if "RANK" in os.environ else Member.alone(), config)
+    member = Member.from_environment() if "RANK" in os.environ else Member.alone()
+    _train_as(member, config, ended=lambda: None)
 
 
-def _train_as(member: Member, config: TrainConfig) -> None:
+def _train_as(member: Member, config: TrainConfig, *, ended: Callable[[], None]) -> None:
+    """`ended` is called as soon as training is over, well or not, before the ranks part."""
     from trainer import parallel
     from trainer.loop import train as run
 
@@ -130,7 +140,10 @@ def _train_as(member: Member, config: TrainConfig) -> None:
 
         pictures = make_pictures(config)
     with parallel.join(member, config.mesh, deterministic=config.precision.deterministic) as world:
-        run(config, world=world, pictures=pictures)
+        try:
+            run(config, world=world, pictures=pictures)
+        finally:
+            ended()
 
 
 def _launch(config: TrainConfig, nproc: int) -> None:
@@ -155,27 +168,30 @@ def _launch(config: TrainConfig, nproc: int) -> None:
         try:
             while running and failure is None:
                 receiver = next(pipe for pipe in wait(list(running)) if isinstance(pipe, Connection))
-                failure = _outcome(receiver, running.pop(receiver))
+                failure = _outcome(receiver, running.pop(receiver), forwarded)
         finally:
-            for process in running.values():  # they would wait for the failed one in a collective, for ever
+            # The others would wait for a failed one in a collective, and it for them, for ever.
+            for process in (ranks if failure else running).values():
                 process.kill()
             for process in ranks.values():
                 process.join()
-    # A rank that the signal itself ended had not come to training, where it is noted instead.
-    if any(process.exitcode == -number for process in ranks.values() for number in forwarded):
-        print("stopped before the first step; requeue me, the same command starts again")
-    elif failure:
+    if failure:
         code, message = failure
-        raise ConfigError(message) if code == EXIT_USAGE else RunError(message)
+        if code == EXIT_DONE:
+            print(message)
+        else:
+            raise ConfigError(message) if code == EXIT_USAGE else RunError(message)
 
 
-def _outcome(receiver: Connection, process: BaseProcess) -> Failure | None:
-    """What a rank that ended had to say: nothing, or its failure."""
+def _outcome(receiver: Connection, process: BaseProcess, forwarded: Sequence[int]) -> Failure | None:
+    """What a rank that ended had to say: nothing, or its failure; EXIT_DONE where it was told to stop."""
     try:
         result: Failure | None = receiver.recv()
     except EOFError:
         process.join()
         code = process.exitcode or 0
+        if -code in forwarded:  # in training it is noted, and later ignored: none can have made a step
+            return EXIT_DONE, "stopped before the first step; requeue me, the same command starts again"
         end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return 1, f"{process.name} ended by {end}; the checkpoints are whole, run again to resume"
     return result
@@ -193,15 +209,30 @@ def _rank(rank: int, size: int, port: int, config: TrainConfig, sender: Connecti
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
     try:
-        _train_as(Member(rank, rank, size, TCPStore("127.0.0.1", port, is_master=False)), config)
+        member = Member(rank, rank, size, TCPStore("127.0.0.1", port, is_master=False))
+        _train_as(member, config, ended=_ignore_stop_signals)
         sender.send(None)
     except LatentpressError as error:
-        sender.send((error.exit_code, str(error)))
-        sys.exit(error.exit_code)
+        _give_up(sender, (error.exit_code, str(error)))
     except BaseException as error:
         traceback.print_exc()
-        sender.send((1, f"rank {rank} failed: {type(error).__name__}: {error}; its traceback is above"))
-        sys.exit(1)
+        message = f"rank {rank} failed: {type(error).__name__}: {error}; its traceback is above"
+        _give_up(sender, (EXIT_FAILED, message))
+
+
+def _ignore_stop_signals() -> None:
+    """A rank that has trained needs no telling to stop."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _give_up(sender: Connection, failure: Failure) -> None:
+    """Tell the launcher and end at once: an interpreter's own end takes down communicators, which waits for
+    ranks that wait for this one."""
+    sender.send(failure)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failure[0])
 
 
 def _die_with_launcher() -> None:

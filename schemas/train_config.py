@@ -18,13 +18,16 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Patterns = Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
 
 
-def _compiles(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-    return patterns
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+def _all_compile(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(map(_compiles, patterns))
 
 
 class DatasetConfig(Settings):
@@ -49,11 +52,15 @@ class ModelConfig(Settings):
     attention: Literal["auto", "flash_attn_3", "varlen", "flash_attn_2", "flex", "sdpa"] = "auto"
     """How packed attention is computed; `auto` takes the best that passes its probe here, and says why."""
     recompute: Literal["none", "attention", "feed_forward", "block"] = "none"
-    """What of each block is computed again in the backward pass instead of kept: less memory, more time."""
+    """What of each block is computed again in the backward pass instead of kept: less memory, more time. The
+    results of attention are kept in any case (but for `flex`), as nothing costs more to compute again: a block
+    then keeps its input and those, one value each per token and width."""
     compile: bool = False
-    """Compile each block with torch.compile."""
+    """Compile each block with torch.compile. With mesh.sp > 1 and recompute = "block" blocks run as they are:
+    what ranks trade around attention cannot be traced inside what is recomputed."""
     num_layers: Positive = 2
-    """Transformer blocks; `init = "random"` only, like the fields below."""
+    """Transformer blocks; this and the fields below, down to `text`, are for `init = "random"`: what a folder
+    has is its own, and another value is refused."""
     num_attention_heads: Positive = 4
     """Heads per block."""
     attention_head_dim: Annotated[int, Field(gt=0, multiple_of=16)] = 32
@@ -178,7 +185,17 @@ class CheckpointConfig(Settings):
     """Seconds after its start at which the run saves and ends, to be started again; 0: none but a Slurm job's
     own end time."""
     time_margin_s: NonNegativeFloat = 120.0
-    """Seconds before that limit at which no further step is begun."""
+    """Seconds before that limit by which the last step should be done: time to save in. No step is begun that
+    would not be done by then if it took as long as the longest of the last twenty."""
+
+    @model_validator(mode="after")
+    def _time_to_train(self) -> CheckpointConfig:
+        if 0 < self.time_limit_s <= self.time_margin_s:
+            raise ValueError(
+                f"time_limit_s = {self.time_limit_s:g} leaves no time to train: expected more than "
+                f"time_margin_s, {self.time_margin_s:g} s, which is kept for the last save"
+            )
+        return self
 
 
 class ValidationConfig(Settings):
@@ -189,7 +206,7 @@ class ValidationConfig(Settings):
     and samples are of training clips."""
     every: NonNegative = 0
     """Optimizer steps between validations; each stage ends with one too, and 0 means no others. Only where
-    `share` or `samples` is set."""
+    `share` or `samples` is set; a checkpoint is saved before each."""
     clips: Positive = 64
     """Most clips whose loss is taken, the same ones each time."""
     timesteps: Annotated[tuple[Rate, ...], Field(min_length=1, strict=False)] = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -214,6 +231,8 @@ class LrGroupConfig(Settings):
     """After warm-up: cosine to `end` at the stage's end, or constant."""
     end: NonNegativeFloat = 0.0
     """Where the cosine ends."""
+
+    _regex = field_validator("match")(_compiles)
 
 
 class LrConfig(Settings):
@@ -257,7 +276,7 @@ class LoraConfig(Settings):
     alpha: PositiveFloat | None = None
     """Their scale is alpha / rank; unset: 1."""
 
-    _regexes = field_validator("targets")(_compiles)
+    _regexes = field_validator("targets")(_all_compile)
 
 
 class StageConfig(Settings):
@@ -293,7 +312,7 @@ class StageConfig(Settings):
     """Train adapters beside linear layers, and what `trainable` names."""
     lr: LrConfig
 
-    _regexes = field_validator("trainable")(_compiles)
+    _regexes = field_validator("trainable")(_all_compile)
 
     @model_validator(mode="after")
     def _one_window(self) -> StageConfig:

@@ -1,41 +1,32 @@
 """What a model is before it has weights: a config and the dataset's shape in; architecture and layout out.
 
-A model is made for the dataset, or found, as a folder or a hub id in the layout of diffusers, and then held
-against it: everything in which the two differ is named before training starts.
+A model is made for the dataset, or found (`trainer.model_folder`) and then held against it and against the
+settings: everything in which they differ is named before training starts.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import numpy as np
-from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
 from schemas.adoption import read_adoptions
 from schemas.bucket import PATCH
 from schemas.card import Card
 from schemas.errors import ConfigError
-from schemas.model_files import ModelFiles, find_model
-from schemas.train_config import ModelConfig, TrainConfig
+from schemas.model_files import ModelFiles
+from schemas.train_config import ModelConfig
 from trainer.catalog import Catalog
-from trainer.dit import PackedDiT, dit_layout
-from trainer.inputs import INPUTS_NAME, check_inputs
+from trainer.dit import dit_layout
+from trainer.inputs import INPUTS_NAME, check_attention, check_inputs
 from trainer.layout import Layout
-from trainer.objective import Objective, Schedule, make_objective, read_schedule
+from trainer.model_folder import Kind, complete, config_of, model_files, schedule_of
+from trainer.objective import Schedule
 
-Kind = Literal["cogvideox", "dit"]
-CLASSES: dict[Kind, type[Any]] = {"cogvideox": CogVideoXTransformer3DModel, "dit": PackedDiT}
-"""What a config.json describes; diffusers' own class reads and writes a CogVideoX."""
-WEIGHTS = "diffusion_pytorch_model"
-"""Name of weight files, without their ends."""
-_SCHEDULER = "scheduler/scheduler_config.json"
-_BESIDE = (_SCHEDULER, "vae/config.json", "text_encoder/config.json")
-"""What tells more of a model, where it is part of a pipeline."""
+_OWN = ("num_layers", "num_attention_heads", "attention_head_dim", "time_embed_dim")
+"""Settings of a model made anew that have its config's names."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +43,21 @@ class Architecture:
     """As `Layout` has it."""
     long_context: Literal["none", "linear"] = "none"
 
+    def attention(self) -> dict[str, Any]:
+        """What tokens attend to, as far as `config` does not say; JSON values."""
+        return {name: getattr(self, name) for name in ("local_frames", "leading_frames", "long_context")}
+
     @property
     def layout(self) -> Layout:
         """The token stream its model takes."""
         config = self.config
         if self.kind == "dit":
-            return dit_layout(config, local_frames=self.local_frames, leading_frames=self.leading_frames)
+            return dit_layout(
+                config,
+                local_frames=self.local_frames,
+                leading_frames=self.leading_frames,
+                long_context=self.long_context != "none",
+            )
         patch, patch_t = config["patch_size"], config["patch_size_t"]
         heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
         frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
@@ -82,6 +82,7 @@ class Architecture:
             image=config["in_channels"] == 2 * config["out_channels"],
             local_frames=self.local_frames,
             leading_frames=self.leading_frames,
+            long_context=self.long_context != "none",
         )
 
     def record(self) -> dict[str, Any]:
@@ -129,22 +130,24 @@ def data_shape(*catalogs: Catalog) -> DataShape:
     )
 
 
-def architecture(model: ModelConfig, data: DataShape) -> Architecture:
-    """What `model` describes; ConfigError where it, or what `model.init` names, does not fit the dataset."""
+def architecture(model: ModelConfig, data: DataShape, *, key: str = "model.init") -> Architecture:
+    """What `model` describes; ConfigError where it, or what `model.init` names, does not fit the dataset.
+
+    `key` is the setting that `model.init` was taken from, for messages.
+    """
     if model.text == "cross" and model.kind == "cogvideox":
         raise ConfigError(
             "model.text = 'cross' is for model.kind = 'dit'; a CogVideoX has text in its stream"
         )
     if model.init == "random":
-        config, schedule = _complete(_random_config(model, data), model.kind), Schedule()
+        config, schedule = complete(_random_config(model, data), model.kind), Schedule()
     else:
-        files = model_files(model.init, revision=model.revision)
-        _check_kind(files, model.kind)
-        config = _complete(files.config, model.kind)
-        _check_fits(config, data, files.folder)
+        files = model_files(model.init, revision=model.revision, key=key)
+        config, schedule = config_of(files, model.kind, key=key), schedule_of(files, key=key)
+        _check_fits(config, data, files, key)
         if data.card is not None and (model.kind == "cogvideox" or (files.folder / INPUTS_NAME).is_file()):
-            check_inputs(data.card, files.folder, config, adoptions=data.adoptions)
-        schedule = _schedule(files.folder, config)
+            check_inputs(data.card, files.folder, config, adoptions=data.adoptions, key=key)
+        _check_unused(model, config, key)
     found = Architecture(
         kind=model.kind,
         config=config,
@@ -153,47 +156,10 @@ def architecture(model: ModelConfig, data: DataShape) -> Architecture:
         leading_frames=data.leading_frames,
         long_context=model.long_context,
     )
+    if model.init != "random":
+        check_attention(found.attention(), files.folder, key=key)
     _check_settings(found.layout, data)
     return found
-
-
-def check_inits(config: TrainConfig, objective: Objective, *, step: int) -> None:
-    """ConfigError where a stage that begins at `step` or later starts from a model of another objective or
-    schedule than the run's."""
-    begins = 0
-    for stage in config.stages:
-        if begins >= step and stage.init not in ("", "random"):
-            where = f"init of stage {stage.name!r}"
-            files = model_files(stage.init, key=where)
-            schedule = _schedule(files.folder, files.config)
-            if schedule.objective and make_objective(config.loss, schedule, where=where) != objective:
-                raise ConfigError(
-                    f"{where}: {files.folder} has another noise schedule than the run: expected "
-                    f"{objective.schedule}, found {schedule}"
-                )
-        begins += stage.steps
-
-
-def model_files(init: str, *, revision: str = "", key: str = "model.init") -> ModelFiles:
-    """The files of a transformer in the layout of diffusers, of its own or in a pipeline; fetched at need."""
-    return find_model(
-        init,
-        subfolder="transformer",
-        key=key,
-        revision=revision,
-        weights=WEIGHTS,
-        beside=_BESIDE,
-        has_all=lambda folder: folder.name != "transformer" or (folder.parent / _SCHEDULER).is_file(),
-    )
-
-
-def _schedule(folder: Path, config: Mapping[str, Any]) -> Schedule:
-    for parent in (folder, folder.parent):
-        if (path := parent / _SCHEDULER).is_file():
-            return read_schedule(path)
-    # The published models without rotary positions, the 2B family, are trained with the shifted schedule.
-    rotary = config.get("use_rotary_positional_embeddings", True)
-    return Schedule() if rotary else Schedule(snr_shift_scale=3.0)
 
 
 def _random_config(model: ModelConfig, data: DataShape) -> dict[str, Any]:
@@ -223,43 +189,7 @@ def _random_config(model: ModelConfig, data: DataShape) -> dict[str, Any]:
     }
 
 
-def _complete(config: Mapping[str, Any], kind: Kind) -> dict[str, Any]:
-    """`config` with its class's defaults filled in, so that a checkpoint says all of it."""
-    parameters = inspect.signature(CLASSES[kind].__init__).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
-    given = {name: value for name, value in config.items() if not name.startswith("_")}
-    if unknown := sorted(given.keys() - defaults.keys()):
-        raise ConfigError(
-            f"model.init: config.json has keys that {CLASSES[kind].__name__} (diffusers "
-            f"{diffusers.__version__}) does not know: {', '.join(unknown)}"
-        )
-    wrong = [
-        f"{name} = {value!r}, expected one like {defaults[name]!r}"
-        for name, value in given.items()
-        if not _like(value, defaults[name])
-    ]
-    if wrong:
-        raise ConfigError(f"model.init: config.json has values of other types: {'; '.join(wrong)}")
-    return defaults | given
-
-
-def _like(value: Any, default: Any) -> bool:
-    """Whether a config's value has the type of diffusers' default; None stands for an optional integer."""
-    if default is None:
-        return value is None or type(value) is int
-    return type(value) is type(default) or (type(default) is float and type(value) is int)
-
-
-def _check_kind(files: ModelFiles, kind: Kind) -> None:
-    expected = CLASSES[kind].__name__
-    if (found := files.config.get("_class_name", expected)) != expected:
-        raise ConfigError(
-            f"model.init: {files.folder} holds a {found}, model.kind = {kind!r} is a {expected}; set "
-            "model.kind, or give a model of that class"
-        )
-
-
-def _check_fits(config: Mapping[str, Any], data: DataShape, folder: Path) -> None:
+def _check_fits(config: Mapping[str, Any], data: DataShape, files: ModelFiles, key: str) -> None:
     channels, (tokens, width) = data.latents[1], data.prompt
     name = "out_channels" if config["in_channels"] == 2 * config["out_channels"] else "in_channels"
     checks = [
@@ -281,7 +211,27 @@ def _check_fits(config: Mapping[str, Any], data: DataShape, folder: Path) -> Non
     if tokens > (limit := config["max_text_seq_length"]):
         wrong.append(f"max_text_seq_length = {limit}, the dataset's longest prompt has {tokens} tokens")
     if wrong:
-        raise ConfigError(f"model.init = {str(folder)!r} does not fit the dataset: {'; '.join(wrong)}")
+        raise ConfigError(f"{key} = {str(files.folder)!r} does not fit the dataset: {'; '.join(wrong)}")
+
+
+def _check_unused(model: ModelConfig, config: Mapping[str, Any], key: str) -> None:
+    """ConfigError where settings of a model made anew ask for another one than was found."""
+    found = {
+        **{name: config[name] for name in _OWN},
+        "patch_size_t": config["patch_size_t"] or 1,
+        "image_condition": config["in_channels"] == 2 * config["out_channels"],
+        "text": config.get("text", "joint"),
+    }
+    wrong = [
+        f"model.{name} = {asked!r}, it has {found[name]!r}"
+        for name in found
+        if (asked := getattr(model, name)) not in (found[name], ModelConfig.model_fields[name].default)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{key} = {model.init!r} brings a config of its own, which these settings would not change: "
+            f"{'; '.join(wrong)}; remove them, or set {key} = 'random'"
+        )
 
 
 def _check_settings(layout: Layout, data: DataShape) -> None:

@@ -72,7 +72,8 @@ def prepare(
     those of its key, where they have been drawn already."""
     noisy, targets, timesteps, weights, by_token = [], [], [], [], []
     patch, patch_t = layout.patch, layout.patch_t
-    for segment, noise in zip(pack.segments, noises or [None] * len(pack.segments), strict=True):
+    drawn: Sequence[torch.Tensor | None] = noises or [None] * len(pack.segments)
+    for segment, noise in zip(pack.segments, drawn, strict=True):
         clean = fill_patches(segment.latents, patch_t=patch_t)
         at = objective.draw_timestep(segment.key) if timestep is None else timestep
         clip, target = objective.noised(clean, key=segment.key, timestep=at, noise=noise)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from schemas.train_config import LrConfig, TrainConfig
+from schemas.train_config import LrConfig, MeshConfig, TrainConfig
 from trainer.architecture import architecture, data_shape
 from trainer.batch import prepare
-from trainer.checkpoint import find_checkpoint
+from trainer.checkpoint import find_checkpoint, locked
 from trainer.export import export
 from trainer.loader import Loader
 from trainer.loop import train
@@ -35,6 +36,7 @@ from trainer.objective import make_objective
 from trainer.parallel import World
 from trainer.probe import choose_attention
 from trainer.sharding import ReadSlice, fill, parallelize, predict
+from trainer.stage_check import check_stages, run_architecture
 from trainer.validate import validate
 from trainer.weights import initial_values
 
@@ -43,6 +45,7 @@ LOSS_GATE = {"float32": 1e-5, "bfloat16": 1e-2}
 CAPTION_GATE = 1e-6
 """Least relative difference of the loss with captions exchanged."""
 _CLIPS = 8
+_TEMPORARY = ".tmp-check-"
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,24 @@ class Finding:
 
 
 def check(config: TrainConfig, *, world: World) -> list[Finding]:
-    """Check the first stage of `config`; what a run would make of it is left alone."""
+    """Check the first stage of `config`, in this one process, and the settings of all; what a run would make
+    of it is left alone."""
     stage = config.stages[0]
     init = stage.init or config.model.init
     revision = "" if stage.init else config.model.revision
+    mixture = Mixture.of(config.mixture)
+    data = data_shape(*mixture.catalogs)
+    check_stages(config, run_architecture(config, data), data, step=0)
     still = stage.model_copy(update={"steps": 1, "lr": LrConfig(peak=0.0), "mesh": None})
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-check-", dir=config.output) as folder:
+    output = Path(config.output)
+    with locked(output), contextlib.ExitStack() as held:
+        for left in output.glob(f"{_TEMPORARY}*"):  # by a check that was killed
+            shutil.rmtree(left)
+        folder = held.enter_context(tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=output))
         run, exported = Path(folder) / "run", Path(folder) / "exported"
         validation = config.validation.model_copy(update={"samples": 0, "clips": _CLIPS})
-        once = config.model_copy(update={"output": str(run), "stages": (still,), "validation": validation})
+        changes = {"output": str(run), "stages": (still,), "validation": validation, "mesh": MeshConfig()}
+        once = config.model_copy(update=changes)
         with contextlib.redirect_stdout(sys.stderr):  # what a run says of itself is not the answer
             train(once, world=world)
         gc.collect()  # as between stages: the model that was trained would stay beside the one to come
@@ -74,8 +85,7 @@ def check(config: TrainConfig, *, world: World) -> list[Finding]:
         before = next(r["loss"] for r in read_records(run / "metrics.jsonl") if r["step"] == 1)
 
         model_config = config.model.model_copy(update={"init": str(exported), "revision": ""})
-        mixture = Mixture.of(config.mixture)
-        plan = architecture(model_config, data_shape(*mixture.catalogs))
+        plan = architecture(model_config, data)
         attention = choose_attention(
             config.model.attention,
             device=world.device,

@@ -47,8 +47,6 @@ class PackedInputs:
     """[B + 1] int32: where clips start and end in the stream."""
     max_clip: int
     """Longest clip."""
-    clip_bounds: torch.Tensor
-    """`clip_seqlens`, always on the host, for what takes clip after clip."""
     text_seqlens: torch.Tensor
     """[B + 1] int32: where prompts start and end in `text`."""
     max_text: int
@@ -60,8 +58,8 @@ class PackedInputs:
     sin: torch.Tensor | None
     """[L, D_h], 0 on text."""
     clip_cos: torch.Tensor | None
-    """[L, D_h] as `cos`, counted on through the spans of a clip, for long-context layers; None where every
-    clip is one span."""
+    """[L, D_h] as `cos`, counted on through the spans of a clip, for long-context layers; None where there
+    are none, or every clip is one span."""
     clip_sin: torch.Tensor | None
     """[L, D_h]."""
     positions: torch.Tensor | None
@@ -112,7 +110,7 @@ class PackedInputs:
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         moved = copy.copy(self)  # not built anew: the checks would wait for the device to have the bounds
         for field in fields(self):
-            if torch.is_tensor(value := getattr(self, field.name)) and field.name != "clip_bounds":
+            if torch.is_tensor(value := getattr(self, field.name)):
                 object.__setattr__(moved, field.name, change(value))
         for name in ("cu_seqlens", "clip_seqlens", "text_seqlens"):
             remember_bounds(getattr(moved, name), getattr(self, name).tolist())
@@ -164,7 +162,6 @@ def collate(
         cu_seqlens=_bounds(stream.spans),
         max_seqlen=max(stream.spans),
         clip_seqlens=_bounds(stream.clips),
-        clip_bounds=_bounds(stream.clips),
         max_clip=max(stream.clips),
         text_seqlens=_bounds([len(prompt) for prompt in prompts]),
         max_text=max(map(len, prompts)),

@@ -41,8 +41,8 @@ class PackedDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as all models
 
     layout: Layout
     attention: AttentionFunction
-    cross: CrossAttentionFunction
-    context: AttentionFunction
+    cross_attention: CrossAttentionFunction
+    context_attention: AttentionFunction
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -182,7 +182,9 @@ class HeadProjections(nn.Module):
         return self.norm_q(q), self.norm_k(k), v
 
 
-def dit_layout(config: Mapping[str, Any], *, local_frames: int, leading_frames: int) -> Layout:
+def dit_layout(
+    config: Mapping[str, Any], *, local_frames: int, leading_frames: int, long_context: bool
+) -> Layout:
     """The token stream that a PackedDiT of `config` takes."""
     head_dim = config["attention_head_dim"]
     return Layout(
@@ -199,4 +201,5 @@ def dit_layout(config: Mapping[str, Any], *, local_frames: int, leading_frames: 
         text=config["text"],
         local_frames=local_frames,
         leading_frames=leading_frames,
+        long_context=long_context,
     )

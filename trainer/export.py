@@ -3,7 +3,8 @@
     <output>/config.json, diffusion_pytorch_model.safetensors     CogVideoXTransformer3DModel, or PackedDiT
     <output>/pytorch_lora_weights.safetensors                     adapters, for a pipeline's load_lora_weights
     <output>/scheduler/scheduler_config.json                      the noise schedule it was trained with
-    <output>/latents.json                                         what it was trained on (`trainer.inputs`)
+    <output>/latents.json                                         what it was trained on, and to attend to
+                                                                  (`trainer.inputs`)
 
 Runs in one plain process. Weights keep the type they were trained in (float32). Adapters go without the
 matrices they stand beside where those are published ones, with them where they were trained too, and merged
@@ -31,12 +32,11 @@ from trainer.attention import Attention, sdpa, sdpa_cross
 from trainer.checkpoint import Saved
 from trainer.inputs import INPUTS_NAME
 from trainer.lineage import Shape, check_same, saved_lora, saved_shapes
-from trainer.lora import ADAPTER, adapted_layers, add_adapters, lora_scale, merged_delta
+from trainer.lora import ADAPTER, LORA_NAME, adapted_layers, add_adapters, lora_scale, merged_delta
 from trainer.model import PackedCogVideoX, PackedModel, build_model
 from trainer.objective import make_objective
 from trainer.resume import saved_architecture
 
-LORA_NAME = "pytorch_lora_weights.safetensors"
 _PREFIX = "transformer."
 """Of names in a LoRA file: the part of the pipeline that they belong to."""
 Values = dict[str, torch.Tensor]
@@ -67,8 +67,14 @@ def export(saved: Saved, output: Path, *, merge: bool = False) -> list[str]:
         adapters = {}
     base = published_base(saved.meta) if adapters else None
     if adapters:
-        beside = f"beside {base}" if base else "beside the weights in this folder, which were trained too"
+        own = "beside the weights in this folder, which are nowhere else: random, trained, or merged into"
+        beside = f"beside {base}" if base else own
         notes.append(f"{LORA_NAME}: adapters of rank {lora.rank if lora else 0}, {beside}")
+    if architecture.local_frames:
+        notes.append(
+            f"trained on spans of {architecture.local_frames} latent frames, each with a copy of the prompt; "
+            "stock diffusers attends over whole clips, which is another model"
+        )
     if architecture.long_context != "none":
         notes.append("the long-context layers are in the file, but only this trainer knows them")
     temporary = output.with_name(f".tmp-{output.name}")
@@ -80,7 +86,7 @@ def export(saved: Saved, output: Path, *, merge: bool = False) -> list[str]:
         if adapters:
             save_file(_stock_adapters(adapters, scale=scale), temporary / LORA_NAME, {"format": "pt"})
         _write_json(temporary / "scheduler" / "scheduler_config.json", objective.scheduler_config())
-        _write_json(temporary / INPUTS_NAME, saved.meta["inputs"])
+        _write_json(temporary / INPUTS_NAME, saved.meta["inputs"] | {"attention": architecture.attention()})
         if output.is_dir():
             output.rmdir()
         temporary.rename(output)
@@ -90,15 +96,19 @@ def export(saved: Saved, output: Path, *, merge: bool = False) -> list[str]:
 
 
 def published_base(meta: Mapping[str, Any]) -> str | None:
-    """The `init` whose weights a checkpoint's adapters stand beside; None where those were trained too."""
+    """The `init`, with its revision, that a checkpoint's adapters stand beside; None where it is of no use
+    alone: random weights, trained ones, or ones that adapters were merged into."""
     config = meta["config"]
     names = [stage["name"] for stage in config["stages"]]
     done = config["stages"][: names.index(meta["stage"]) + 1]
     start = max((i for i, stage in enumerate(done) if stage["init"]), default=0)
     init: str = done[start]["init"] or config["model"]["init"]
+    revision = "" if done[start]["init"] else config["model"]["revision"]
     only = all(stage["lora"] == meta["lora"] and not stage["trainable"] for stage in done[start:])
     added = config["model"]["long_context"] != "none"
-    return init if only and not added and init != "random" else None
+    if not only or added or init == "random":
+        return None
+    return f"{init} at revision {revision}" if revision else init
 
 
 def _blank(saved: Saved) -> PackedModel:

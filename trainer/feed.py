@@ -1,7 +1,7 @@
 """The feed: the steps of a stage in; each step's batches out, made by a thread while the step before runs.
 
-Noising, collating, splitting and pinning take the host's time, which the device would wait for. The trade-off: the
-batches of one more step are held in host memory.
+Noising, collating, splitting and pinning take the host's time, which the device would wait for. The
+trade-off: the batches of one more step are held in host memory.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Whether a dataset's latents and prompts are those that given weights know; refused by name if not.
 
 In: the dataset's card and the folder of a transformer. What was trained here says it itself: a checkpoint
-keeps `inputs_of` its card, and export writes that as latents.json beside config.json. Without that file the
-VAE and the text encoder of the same pipeline are compared, and without those, what the class of transformer
-implies. A card that does not say is believed.
+keeps `inputs_of` its card, and export writes that as latents.json beside config.json, with what tokens
+attended to, which config.json has no place for. Without that file the VAE and the text encoder of the same
+pipeline are compared, and without those, what the class of transformer implies. A card that does not say is
+believed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from schemas.scaling import Scaling
 from schemas.vae_rules import VAE_RULES, vae_image_scaling, vae_scaling
 
 INPUTS_NAME = "latents.json"
-_KEY = "model.init"
 _COGVIDEOX = "AutoencoderKLCogVideoX"
 _FACTOR_2B, _FACTOR_5B = 1.15258426, 0.7
 """config.scaling_factor of the published VAEs: of 2B (no rotary positions) and of the others."""
@@ -53,26 +53,55 @@ def inputs_of(card: Card) -> dict[str, dict[str, Any]]:
 
 
 def check_inputs(
-    card: Card, transformer: Path, config: Mapping[str, Any], *, adoptions: Sequence[Mapping[str, Any]] = ()
+    card: Card,
+    transformer: Path,
+    config: Mapping[str, Any],
+    *,
+    adoptions: Sequence[Mapping[str, Any]] = (),
+    key: str = "model.init",
 ) -> None:
     """ConfigError where latents or prompts of `card` are not those that the weights in `transformer` know.
 
     `config` holds all arguments of its CogVideoXTransformer3DModel; `adoptions` are the records of the
-    dataset, whose values count as the card's.
+    dataset, whose values count as the card's. `key` is the setting that names it, for messages.
     """
     said = transformer / INPUTS_NAME
     if said.is_file():
-        problems = list(_unlike_said(card, read_model_json(said, key=_KEY), adoptions))
+        problems = list(_unlike_said(card, read_model_json(said, key=key), adoptions))
     else:
         problems = [
-            *_unlike_published(card, transformer, config, adoptions),
-            *_unlike_prompts(card, transformer, adoptions),
+            *_unlike_published(card, transformer, config, adoptions, key),
+            *_unlike_prompts(card, transformer, adoptions, key),
         ]
     if problems:
         raise ConfigError(
-            f"{_KEY} = {str(transformer)!r}: the dataset is not what these weights were trained on: "
+            f"{key} = {str(transformer)!r}: the dataset is not what these weights were trained on: "
             f"{'; '.join(problems)}. Preprocess with the encoders of the model, or train with "
-            f"{_KEY} = 'random'"
+            f"{key} = 'random'"
+        )
+
+
+def check_attention(attention: Mapping[str, Any], transformer: Path, *, key: str = "model.init") -> None:
+    """ConfigError where the weights in `transformer` were trained with other local attention or long context.
+
+    `attention` is `Architecture.attention`. Weights that attended over whole clips may learn to do without.
+    """
+    said = transformer / INPUTS_NAME
+    known = read_model_json(said, key=key).get("attention") if said.is_file() else None
+    if not isinstance(known, dict):
+        return
+    names = ["local_frames", "leading_frames"] if known.get("local_frames") else []
+    names += ["long_context"] if known.get("long_context", "none") != "none" else []
+    wrong = [
+        f"{name} is {attention[name]!r}, {INPUTS_NAME} has {known.get(name)!r}"
+        for name in names
+        if attention[name] != known.get(name)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{key} = {str(transformer)!r}: these weights were trained to attend otherwise: "
+            f"{'; '.join(wrong)}; set model.local_frames and model.long_context as they had them "
+            f'(leading_frames is the dataset\'s), or remove "attention" from {INPUTS_NAME} to teach them anew'
         )
 
 
@@ -91,7 +120,11 @@ def _unlike_said(
 
 
 def _unlike_published(
-    card: Card, transformer: Path, config: Mapping[str, Any], adoptions: Sequence[Mapping[str, Any]]
+    card: Card,
+    transformer: Path,
+    config: Mapping[str, Any],
+    adoptions: Sequence[Mapping[str, Any]],
+    key: str,
 ) -> Iterator[str]:
     made = card.hard["latents"]
     name = made.get("video_encoder.class")
@@ -105,7 +138,7 @@ def _unlike_published(
         if vae is None:
             yield from _unlike_implied(card, name, config)
         else:
-            yield from _unlike_vae(card, name, vae, adoptions)
+            yield from _unlike_vae(card, name, vae, adoptions, key)
 
 
 def _unlike_implied(card: Card, name: str, config: Mapping[str, Any]) -> Iterator[str]:
@@ -124,8 +157,10 @@ def _unlike_implied(card: Card, name: str, config: Mapping[str, Any]) -> Iterato
         yield f"its image latents are scaled {card.image_scaling!r}, those of CogVideoX {version} {image!r}"
 
 
-def _unlike_vae(card: Card, name: str, folder: Path, adoptions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    vae = read_model_json(folder / "config.json", key=_KEY)
+def _unlike_vae(
+    card: Card, name: str, folder: Path, adoptions: Sequence[Mapping[str, Any]], key: str
+) -> Iterator[str]:
+    vae = read_model_json(folder / "config.json", key=key)
     expected = vae.get("_class_name")
     if name != expected:
         yield f"it was encoded with {name}, {folder} is a {expected}"
@@ -138,10 +173,14 @@ def _unlike_vae(card: Card, name: str, folder: Path, adoptions: Sequence[Mapping
             yield f"its scaling is {_told(card.scaling)}, {folder} has {_told(scaling)}"
     if card.image != "none" and card.image_scaling != (image := vae_image_scaling(arguments)):
         yield f"its image latents are scaled {card.image_scaling!r}, those of {folder} {image!r}"
-    yield from _other_weights(card, "latents", "video_encoder.weights_sha256", folder, VAE_WEIGHTS, adoptions)
+    yield from _other_weights(
+        card, "latents", "video_encoder.weights_sha256", folder, VAE_WEIGHTS, adoptions, key
+    )
 
 
-def _unlike_prompts(card: Card, transformer: Path, adoptions: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _unlike_prompts(
+    card: Card, transformer: Path, adoptions: Sequence[Mapping[str, Any]], key: str
+) -> Iterator[str]:
     """A CogVideoX takes the T5 of its pipeline, run without a mask, with the pad rows as that made them."""
     made = card.hard["prompts"]
     if made.get("text_encoder.padding") == "trim":
@@ -159,12 +198,12 @@ def _unlike_prompts(card: Card, transformer: Path, adoptions: Sequence[Mapping[s
     folder = _beside(transformer, "text_encoder")
     if folder is None:
         return
-    expected = read_model_json(folder / "config.json", key=_KEY).get("model_type")
+    expected = read_model_json(folder / "config.json", key=key).get("model_type")
     found = made.get("text_encoder.config", {}).get("model_type")
     if found != expected:
         yield f"its text encoder is a {found}, {folder} is a {expected}"
         return
-    yield from _other_weights(card, "prompts", "text_encoder.weights_sha256", folder, "model", adoptions)
+    yield from _other_weights(card, "prompts", "text_encoder.weights_sha256", folder, "model", adoptions, key)
 
 
 def _other_weights(
@@ -174,11 +213,12 @@ def _other_weights(
     folder: Path,
     name: str,
     adoptions: Sequence[Mapping[str, Any]],
+    key: str,
 ) -> Iterator[str]:
     """Where weights are in `folder`: a transformer is often kept with the configs of the others alone."""
     made = card.hard[family].get(field)
     try:
-        files = weight_files(folder, name, key=_KEY)
+        files = weight_files(folder, name, key=key)
     except ConfigError:
         return
     known = (made, *_adopted(field, adoptions))

@@ -58,6 +58,8 @@ class Layout:
     """Prompt tokens are part of the stream, or kept out of it."""
     local_frames: int = 0
     """Latent frames of a span; 0: a clip is one."""
+    long_context: bool = False
+    """The model has layers that take a clip's tokens over all of its spans."""
     leading_frames: int = 1
     """Latent frames that the first span has more: 1 where the encoder gives the first frame its own."""
 

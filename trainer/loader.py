@@ -212,5 +212,5 @@ def _check_slots(stage: StageConfig, config: TrainConfig, world_size: int) -> No
         ranks = [str(n) for n in range(1, slots + 1) if slots % n == 0]
         raise ConfigError(
             f"{name} = {slots}: expected a multiple of the {world_size} data-parallel ranks; "
-            f"set {name} to {above}, or run on {' or '.join(ranks)} ranks"
+            f"run on {' or '.join(ranks)} ranks, or set {name} to {above} in a run that has not begun"
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.attention import AttentionFunction
+from trainer.attention import AttentionFunction, host_bounds
 from trainer.collate import PackedInputs
 from trainer.modulation import rotate
 
@@ -46,7 +46,7 @@ class LongContext(nn.Module):
         cos, sin = (inputs.cos, inputs.sin) if inputs.clip_cos is None else (inputs.clip_cos, inputs.clip_sin)
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = self.norm_out(attention(q, k, v, inputs.clip_bounds, inputs.max_clip))
+        out = self.norm_out(attention(q, k, v, inputs.clip_seqlens, inputs.max_clip))
         added: torch.Tensor = self.gate.tanh() * self.out(out.flatten(1))
         return added
 
@@ -57,7 +57,7 @@ def _linear_attention(
 ) -> torch.Tensor:
     """One operation, so that compiled blocks neither break at the loop nor grow with it."""
     out = torch.empty_like(q)
-    for start, end in itertools.pairwise(bounds.tolist()):
+    for start, end in itertools.pairwise(host_bounds(bounds)):
         state = torch.einsum("lnd,lne->nde", k[start:end], v[start:end]) / (end - start)
         out[start:end] = torch.einsum("lnd,nde->lne", q[start:end], state)
     return out
@@ -93,7 +93,6 @@ def linear_attention(
 
     Softmax attention without the softmax (https://arxiv.org/abs/2006.16236), so that keys and values come
     first: sum(k v^T) is one [D, D] per head. It has no denominator, since the layer norms its output
-    (https://arxiv.org/abs/2210.10340), so rotary positions keep their meaning. Bounds that are on the device
-    make the host wait for it.
+    (https://arxiv.org/abs/2210.10340), so rotary positions keep their meaning.
     """
     return _linear_attention(q, k, v, cu_seqlens)

@@ -19,10 +19,9 @@ import torch
 
 from schemas.adoption import adoption_notes
 from schemas.errors import ConfigError, DatasetError, RunError
-from schemas.load import resolved_toml
 from schemas.train_config import StageConfig, TrainConfig
 from trainer import checkpoint
-from trainer.architecture import Architecture, architecture, check_inits, data_shape
+from trainer.architecture import Architecture, data_shape
 from trainer.checkpoint import Saved
 from trainer.curriculum import budget_of, slots_of, stage_at, total_steps
 from trainer.feed import feed
@@ -43,6 +42,7 @@ from trainer.probe import choose_attention
 from trainer.resume import (
     already_finished,
     is_finished,
+    keep_config,
     resume_notes,
     resume_point,
     run_meta,
@@ -51,6 +51,7 @@ from trainer.resume import (
 from trainer.sample import Pictures, guidance_prompt
 from trainer.saver import Saver
 from trainer.sharding import clip_grad_norm, fill, parallelize, predict, reduce_over_replicas
+from trainer.stage_check import check_stages, run_architecture
 from trainer.stopping import Stopping, stopping
 from trainer.weights import initial_values
 
@@ -79,15 +80,15 @@ def train(config: TrainConfig, *, world: World, pictures: Pictures | None = None
     output, total = Path(config.output), total_steps(config.stages)
     mixture = Mixture.of(config.mixture)
     with ExitStack() as held:
+        stop = held.enter_context(stopping(config.checkpoint))
         saved = world.on_main(lambda: start(config, mixture, held))
         if world.on_main(lambda: already_finished(config, saved)):
             return
         step = saved.step if saved else 0
-        plan = (
-            saved_architecture(saved) if saved else architecture(config.model, data_shape(*mixture.catalogs))
-        )
+        data = data_shape(*mixture.catalogs)
+        plan = saved_architecture(saved) if saved else run_architecture(config, data)
+        world.on_main(lambda: check_stages(config, plan, data, step=step))
         objective = make_objective(config.loss, plan.schedule)
-        check_inits(config, objective, step=step)
         plan = replace(plan, schedule=objective.schedule)  # with the objective in it, for export
         loader = held.enter_context(
             Loader(
@@ -110,7 +111,6 @@ def train(config: TrainConfig, *, world: World, pictures: Pictures | None = None
         if world.is_main:
             recorder = Metrics(output, first_step=step, total_steps=total, normalize=config.loss.normalize)
             metrics = held.enter_context(recorder)
-        stop = held.enter_context(stopping(config.checkpoint))
         keep, background = config.checkpoint.keep, config.checkpoint.background
         saver = held.enter_context(Saver(output, world=world, keep=keep, background=background))
         prompt = None
@@ -133,16 +133,9 @@ def train(config: TrainConfig, *, world: World, pictures: Pictures | None = None
 
 
 def start(config: TrainConfig, mixture: Mixture, held: ExitStack) -> Saved | None:
-    """Hold the output; where to go on. The config goes beside what it makes once it is accepted."""
-    output = Path(config.output)
-    held.enter_context(checkpoint.locked(output))
-    saved = resume_point(config, [catalog.card for catalog in mixture.catalogs])
-    if saved is None or saved.step < total_steps(config.stages):
-        try:
-            (output / "config.toml").write_text(resolved_toml(config), encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"{output / 'config.toml'} cannot be written: {error.strerror}") from error
-    return saved
+    """Hold the output; where to go on."""
+    held.enter_context(checkpoint.locked(Path(config.output)))
+    return resume_point(config, [catalog.card for catalog in mixture.catalogs])
 
 
 def same_plan(loader: Loader, world: World) -> None:
@@ -190,6 +183,7 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
         ranks=world.size,
     )
     model, optimizer = build(run, stage, world, saved)
+    world.on_main(lambda: keep_config(config))  # not before: a config that is refused replaces none
     counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     trained = sum(count for count, is_trained in counts if is_trained) / sum(count for count, _ in counts)
     peak = device_peak(world.device, getattr(torch, config.precision.param))
@@ -249,6 +243,7 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
         by_duration = duration_sums([seconds for seconds, _ in read], [error for _, error in read])
         flops = data.flops.training(trained=trained) / world.shape.sp
         lost = len(run.loader.unreadable.samples)
+        run.stop.took(time.perf_counter() - started)
         loss, told, flops, lost_by_rank, *by_duration = world.sum(
             [float(torch.stack(shares).sum()), run.stop.told, flops, lost, *by_duration]
         )
@@ -317,6 +312,8 @@ def build(
     resumed = saved is not None and saved.meta["stage"] == stage.name
     init = "" if resumed else stage.init or ("" if saved else config.model.init)
     revision = "" if stage.init else config.model.revision
+    if init == "random" and stage.lora and not stage.trainable:
+        world.say("note: adapters alone are trained, beside weights that are random and stay so")
     read = initial_values(init, model, seed=config.seed, revision=revision) if init else None
     parallelize(
         model,

@@ -17,6 +17,8 @@ from torch import nn
 from schemas.errors import ConfigError
 from schemas.train_config import LoraConfig
 
+LORA_NAME = "pytorch_lora_weights.safetensors"
+"""The file of adapters in a folder, as diffusers calls it."""
 ADAPTER = re.compile(r"\.lora_[AB]\.weight$")
 """Found in the names of adapters' parameters, and in no others."""
 
@@ -51,7 +53,7 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> list[str]:
     }
     names: set[str] = set()
     for i, target in enumerate(lora.targets):
-        found = {name for name in linears if re.search(rf"(?:^|\.)(?:{target})$", name)}
+        found = {name for name in linears if any(re.fullmatch(target, end) for end in _ends(name))}
         if not found:
             ends = dict.fromkeys(re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in linears)
             close = difflib.get_close_matches(target.replace("\\", ""), ends, n=3, cutoff=0.0)
@@ -69,6 +71,12 @@ def add_adapters(model: nn.Module, lora: LoraConfig) -> list[str]:
         linear.lora_B = nn.Linear(lora.rank, linear.out_features, bias=False, device=device)
         linear.lora_scale = lora_scale(lora)
     return sorted(names)
+
+
+def _ends(name: str) -> list[str]:
+    """`a.b.c`, `b.c`, `c`."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def adapter_scales(model: nn.Module) -> dict[str, float]:

@@ -12,10 +12,9 @@ import json
 import math
 import resource
 import time
-import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +22,9 @@ from types import TracebackType
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+
+from schemas.errors import RunError
+from trainer.board import Board
 
 Normalize = Literal["per_clip", "per_token"]
 
@@ -114,7 +116,8 @@ class StartRecord:
 class Metrics:
     """Appends to `<output>/metrics.jsonl` and `<output>/tensorboard`.
 
-    What lies beyond `first_step` is cut from both: it will be trained again.
+    What lies beyond `first_step` is cut from both: it will be trained again. RunError where metrics.jsonl or
+    the loss curve cannot be written, as on a full disk.
     """
 
     def __init__(self, output: Path, *, first_step: int, total_steps: int, normalize: Normalize) -> None:
@@ -126,10 +129,11 @@ class Metrics:
         last = max((record["step"] for record in found), default=first_step)
         kept = [record for record in found if record["step"] <= first_step]
         temporary = output / ".tmp-metrics.jsonl"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.rename(self._path)  # a kill keeps the old file or the new one
-        self._file = self._path.open("a", encoding="utf-8", buffering=1)
-        self._board = _tensorboard(output / "tensorboard", first_step=first_step)
+        with disk_errors(self._path):
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            temporary.rename(self._path)  # a kill keeps the old file or the new one
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+        self._board = Board(output / "tensorboard", first_step=first_step)
         self._printed, self._lines = float("-inf"), 0
         date = datetime.now(UTC).isoformat(timespec="seconds")
         self.add(StartRecord(first_step, repeated_steps=max(0, last - first_step), date=date))
@@ -147,10 +151,10 @@ class Metrics:
     def add(self, record: Record) -> None:
         """Any record, to the logs alone."""
         values = asdict(record)
-        self._file.write(json.dumps({"kind": record.kind, **values}) + "\n")
-        if self._board is not None and record.kind != StartRecord.kind:
-            for name, value in _numbers(values, record.kind):
-                self._board.add_scalar(name, value, record.step)
+        with disk_errors(self._path):
+            self._file.write(json.dumps({"kind": record.kind, **values}) + "\n")
+        if record.kind != StartRecord.kind:
+            self._board.add(record.kind, values, step=record.step)
 
     def __enter__(self) -> Metrics:
         return self
@@ -158,9 +162,9 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        with suppress(OSError):  # what could not be written has been said
+            self._file.close()
+        self._board.close()
         if kind is None:
             plot_loss(self._output, normalize=self._normalize)
 
@@ -184,6 +188,17 @@ def read_records(path: Path, *, kind: str | None = "step") -> list[dict[str, Any
         and (kind is None or record.get("kind") == kind)
         and record.keys() >= _NEEDED.get(record.get("kind", ""), set())
     ]
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """RunError where what is written to `path` inside does not get there."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror or error}; make room, and run again to resume"
+        ) from error
 
 
 def duration_bucket(seconds: float) -> int:
@@ -248,34 +263,16 @@ def plot_loss(output: Path, *, normalize: Normalize) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(output / "loss.png")
+    temporary = output / ".tmp-loss.png"
+    with disk_errors(output / "loss.png"):
+        figure.savefig(temporary)
+        temporary.rename(output / "loss.png")
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """At each place the mean of the last `window` values, of fewer at the start."""
     sums = [0.0, *itertools.accumulate(values)]
     return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
-
-
-def _tensorboard(folder: Path, *, first_step: int) -> Any:
-    """A writer whose viewer forgets what lies beyond `first_step`; None, said once, without the package."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of what tensorboard itself imports
-            from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        print("no TensorBoard log: pip install tensorboard; metrics.jsonl has it all")
-        return None
-    return SummaryWriter(str(folder), purge_step=first_step + 1)
-
-
-def _numbers(values: Mapping[str, Any], name: str) -> Iterator[tuple[str, float]]:
-    """The numbers of a nested record, by path: step/loss, step/loss_by_duration/0-3s."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{name}/{key}")
-        elif isinstance(value, int | float) and key != "step":
-            yield f"{name}/{key}", float(value)
 
 
 def _header(total: int) -> str:

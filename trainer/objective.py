@@ -102,21 +102,21 @@ _UNKNOWN_TO_FLOW = (
 """What a flow schedule may be set to beyond `Schedule`."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, key: str) -> dict[str, Any]:
     """The object in a JSON file of a model folder; ConfigError where there is none."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.init: {path} cannot be read: {error}") from error
+        raise ConfigError(f"{key}: {path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"model.init: {path} holds no JSON object")
+        raise ConfigError(f"{key}: {path} holds no JSON object")
     return tree
 
 
-def read_schedule(path: Path) -> Schedule:
+def read_schedule(path: Path, *, key: str = "model.init") -> Schedule:
     """The schedule, and with it the objective, of a diffusers `scheduler_config.json`; ConfigError where
-    none of the objectives has it."""
-    given = read_json(path)
+    none of the objectives has it. `key` is the setting that names its model, for messages."""
+    given = read_json(path, key=key)
     config = _scheduler_defaults(given, path) | given
     if str(config["_class_name"]).startswith("FlowMatch"):
         wrong = [
@@ -161,20 +161,20 @@ def _positive(value: Any, *, whole: bool) -> bool:
     return type(value) in ((int,) if whole else (int, float)) and value > 0
 
 
-def make_objective(loss: LossConfig, schedule: Schedule, *, where: str = "model.init") -> Objective:
+def make_objective(loss: LossConfig, schedule: Schedule, *, key: str = "model.init") -> Objective:
     """The objective that `loss` asks for on a model's schedule; ConfigError where that says another one.
 
-    `where` names the model's setting.
+    `key` as in `read_schedule`.
     """
     if schedule.objective not in (None, loss.objective):
         raise ConfigError(
-            f"loss.objective = {loss.objective!r}: the scheduler of {where} says {schedule.objective!r}; "
+            f"loss.objective = {loss.objective!r}: the scheduler of {key} says {schedule.objective!r}; "
             f"set loss.objective = {schedule.objective!r}, or remove its scheduler_config.json for a model "
             "that is to learn another one"
         )
     if schedule.objective == "flow" and schedule.shift != loss.shift:
         raise ConfigError(
-            f"loss.shift = {loss.shift:g}: the scheduler of {where} says {schedule.shift:g}; set "
+            f"loss.shift = {loss.shift:g}: the scheduler of {key} says {schedule.shift:g}; set "
             f"loss.shift = {schedule.shift:g}, or remove its scheduler_config.json to change it"
         )
     settled = replace(schedule, objective=loss.objective, shift=loss.shift)

@@ -2,7 +2,7 @@
 
 A pure function of its key and the visits: nothing to save, nothing to send. Every epoch packs each of its
 visits once; packs that do not fill a step are carried into the next epoch's steps, so none is dropped or
-doubled. The price: step k is found by planning all epochs before it (two to three seconds per million
+doubled. The price: step k is found by planning all epochs before it (three to five seconds per million
 visits); an epoch is planned lazily while it is trained on.
 """
 
@@ -64,7 +64,7 @@ class Plan:
         """`costs` [rows] is what the work on a row costs, in any unit; `key` names dataset, stage and seed.
 
         The order of `balance_packs` packs is given up so that the packs of a step cost about the same: 128
-        keep 93-98 % of 8 ranks busy for curriculum, log-normal and uniform lengths, against 61-83 % for packs
+        keep 94-98 % of 8 ranks busy for curriculum, log-normal and uniform lengths, against 57-83 % for packs
         as they come.
         """
         self._epochs, self._costs, self._key = epochs, costs, tuple(key)

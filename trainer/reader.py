@@ -129,7 +129,7 @@ class SampleReader:
     def segment(self, visit: Visit) -> Segment:
         """The window of a visit, float32 and scaled; zeros of weight 0 where its sample cannot be read.
 
-        Then `Unreadable.add` raises above its limit. In page-locked memory where this process uses CUDA.
+        Then `Unreadable.add` raises above its limit.
         """
         sample_id = self._catalog.sample_id(visit.row)
         prompt = self.empty_prompt if visit.empty_prompt else None
@@ -155,7 +155,7 @@ class SampleReader:
         window = (0, int(self._catalog.prompt_shapes[row, 0]))
         try:
             stored = self._stored(row, {"prompt_embeds": window})["prompt_embeds"]
-            values = self._finite({"prompt_embeds": _own(stored.to(torch.float32, copy=True))}, row)
+            values = self._finite({"prompt_embeds": stored.to(torch.float32, copy=True)}, row)
         except DatasetError as error:
             self._unreadable.add(self._catalog.sample_id(row), error)
             return None
@@ -229,16 +229,16 @@ class SampleReader:
         """The tensors of a Segment, by its names."""
         card, stored = self._catalog.card, self.stored(visit)
         video = [stored[name] for name in card.latent_tensors]
-        values = {"latents": _own(scale(self._draw(video, visit.key, "posterior"), card.scaling))}
+        values = {"latents": scale(self._draw(video, visit.key, "posterior"), card.scaling)}
         if self._images and visit.drop_image:
             values["image_latents"] = torch.zeros_like(values["latents"][:1])
         elif self._images:
             # A draw of its own, also from the video's moments: as when a picture is encoded for a sample.
             image = [stored[name] for name in card.image_tensors] or [tensor[:1] for tensor in video]
             drawn = self._draw(image, visit.key, "image")
-            values["image_latents"] = _own(scale_image(drawn, card.scaling, card.image_scaling))
+            values["image_latents"] = scale_image(drawn, card.scaling, card.image_scaling)
         if "prompt_embeds" in stored:
-            values["prompt_embeds"] = _own(stored["prompt_embeds"].to(torch.float32, copy=True))
+            values["prompt_embeds"] = stored["prompt_embeds"].to(torch.float32, copy=True)
         return self._finite(values, visit.row)
 
     def _finite(self, values: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
@@ -326,8 +326,3 @@ def _starts_with_image(card: Card, first: int) -> bool:
         return True
     whole_pieces = geometry.segment_frames and first % geometry.latent_frames(geometry.segment_frames) == 0
     return bool(whole_pieces) and card.image == "first_latent"
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, page-locked where CUDA is used, so that it travels while the GPU computes."""
-    return tensor.pin_memory() if torch.cuda.is_initialized() else tensor

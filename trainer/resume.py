@@ -17,14 +17,14 @@ import torch
 
 from schemas.card import Card
 from schemas.errors import ConfigError, RunError, StaleDatasetError
-from schemas.load import config_digest
+from schemas.load import config_digest, resolved_toml
 from schemas.train_config import StageConfig, TrainConfig
 from trainer.architecture import Architecture
 from trainer.checkpoint import Saved, all_incomplete, checkpoints_folder, newest
 from trainer.curriculum import total_steps
 from trainer.inputs import inputs_of
 from trainer.look import is_owed
-from trainer.metrics import draw_missing
+from trainer.metrics import disk_errors, draw_missing
 
 
 def run_meta(
@@ -108,6 +108,15 @@ def resume_notes(config: TrainConfig, saved: Saved, *, plan_digest: str) -> list
             "their order is a new one from here"
         )
     return lines
+
+
+def keep_config(config: TrainConfig) -> None:
+    """Write a config beside what it makes, whole or not at all."""
+    path = Path(config.output) / "config.toml"
+    temporary = path.with_name(".tmp-config.toml")
+    with disk_errors(path):
+        temporary.write_text(resolved_toml(config), encoding="utf-8")
+        temporary.rename(path)
 
 
 def is_finished(config: TrainConfig, saved: Saved) -> bool:

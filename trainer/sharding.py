@@ -52,8 +52,8 @@ KEPT = {
     "flash_attn_3::_flash_attn_forward",
     "torch_attn::_varlen_attn",
 }
-"""What is kept of what is recomputed: the results of attention, [L, E] a block. It alone costs with the square
-of a clip's length. Flex attention is no operation of its own once it is compiled, and is recomputed."""
+"""What is kept of what is recomputed: the results of attention, [L, E] a block, whose cost alone grows with
+the square of a clip's length. Compiled flex attention has no name that torch could know: it is recomputed."""
 
 
 class HeadNorm(ParallelStyle):
@@ -97,7 +97,7 @@ def parallelize(
     and FSDP gathers around it all.
     """
     blocks = cast(Sequence[nn.Module], model.transformer_blocks)
-    _check_heads(model, world)
+    check_mesh(model, sp=world.shape.sp, tp=world.shape.tp)
     if world.tp_mesh is not None:
         for block in blocks:
             _cut(block, world.tp_mesh)
@@ -138,23 +138,22 @@ def _keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoint
     return CheckpointPolicy.MUST_SAVE if operation.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _check_heads(model: nn.Module, world: World) -> None:
+def check_mesh(model: nn.Module, *, sp: int, tp: int) -> None:
+    """ConfigError where heads do not divide by what shares them, or `tp` would cut layers that it cannot."""
     layout: Any = model.layout
-    heads, shape = layout.width // layout.head_dim, world.shape
-    if heads % (shape.sp * shape.tp):
-        raise ConfigError(
-            f"mesh.sp = {shape.sp} times mesh.tp = {shape.tp} must divide the model's {heads} heads"
-        )
-
-
-def _cut(block: nn.Module, mesh: DeviceMesh) -> None:
-    """Tensor parallelism for one block; ConfigError where it has layers that cannot be cut."""
-    names = dict(block.named_modules())
+    heads, blocks = layout.width // layout.head_dim, cast(nn.Module, model.transformer_blocks)
+    if heads % (sp * tp):
+        raise ConfigError(f"mesh.sp = {sp} times mesh.tp = {tp} must divide the model's {heads} heads")
     for part, what in (("lora", "LoRA adapters (lora)"), ("long_context", "model.long_context")):
-        if any(part in name for name, _ in block.named_parameters()):
+        if tp > 1 and any(part in name for name, _ in blocks.named_parameters()):
             raise ConfigError(
                 f"mesh.tp: {what} cannot be cut over ranks; set mesh.tp = 1, and use dp_shard or sp"
             )
+
+
+def _cut(block: nn.Module, mesh: DeviceMesh) -> None:
+    """Tensor parallelism for one block."""
+    names = dict(block.named_modules())
     plan = {name: style() for name in names for pattern, style in STYLES if re.search(pattern, name)}
     parallelize_module(block, mesh, plan)
 

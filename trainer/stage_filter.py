@@ -140,7 +140,7 @@ def _said(values: Counter[str]) -> str:
     """Some values, as JSON, with what they are."""
     if not values:
         return "no such column"
-    shown = [text for text, _ in values.most_common(_SHOWN)]
+    shown = sorted(values, key=lambda text: (-values[text], text))[:_SHOWN]
     named = [f"{text} ({_KINDS.get(type(json.loads(text)), 'nothing')})" for text in shown]
     more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
     return ", ".join(named) + more

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -22,6 +23,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they take the machine away."""
 SLURM_END = "SLURM_JOB_END_TIME"
 """Slurm's own end of a job, in seconds since 1970 (https://slurm.schedmd.com/sbatch.html)."""
+_RECENT = 20
+"""Steps whose longest stands for the next one."""
 
 
 class Stopping:
@@ -29,6 +32,7 @@ class Stopping:
 
     def __init__(self, settings: CheckpointConfig) -> None:
         """The clock of `time_limit_s` starts now."""
+        self._steps_s: deque[float] = deque(maxlen=_RECENT)
         self.received: list[signal.Signals] = []
         now = time.time()
         slurm = os.environ.get(SLURM_END, "")
@@ -39,17 +43,24 @@ class Stopping:
         self._limit = min(limits, key=lambda name: limits[name])
         self._end = limits[self._limit] - settings.time_margin_s
 
+    def took(self, seconds: float) -> None:
+        """Note how long a step took."""
+        self._steps_s.append(seconds)
+
     @property
     def told(self) -> bool:
-        """Whether no further step should begin."""
-        return bool(self.received) or time.time() >= self._end
+        """Whether no further step should begin: one as long as the longest recent one would end too late."""
+        return bool(self.received) or self._too_late()
 
     @property
     def reason(self) -> str:
         """Why, for a person; some other rank's reason where this one has none."""
         if self.received:
             return f"by {self.received[0].name}"
-        return f"before {self._limit}" if time.time() >= self._end else "by a signal to another rank"
+        return f"before {self._limit}" if self._too_late() else "by a signal to another rank"
+
+    def _too_late(self) -> bool:
+        return time.time() + max(self._steps_s, default=0.0) >= self._end
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def validate(
     readable, flat = torch.tensor(world.sum(numbers.tolist())).split([len(visits), table.numel()])
     if not readable.any():
         raise RunError(
-            f"validation: none of the {len(visits)} clips can be read; `latentpress verify` says what is wrong"
+            f"validation: none of the {len(visits)} clips can be read; `latentpress verify` says more"
         )
     own, exchanged_loss = flat.view_as(table)[readable > 0].unbind(1)
     seconds = [visit.seconds for visit, there in zip(visits, readable.tolist(), strict=True) if there]

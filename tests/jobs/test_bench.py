@@ -198,6 +198,7 @@ def test_the_command_prints_tables_and_writes_json_chart_and_record(
 
 def test_results_are_appended_only_beside_their_folder(tmp_path: Path) -> None:
     assert append_result("x", {"n": 1}, folder=tmp_path / "nowhere") is None
+    assert append_result("x", {"n": 1}, folder=None) is None
     for n in (1, 2):
         append_result("x", {"n": n}, folder=tmp_path)
     assert [json.loads(line)["n"] for line in (tmp_path / "x.jsonl").read_text().splitlines()] == [1, 2]

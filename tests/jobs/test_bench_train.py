@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.packing import CURRICULUM_S, OURS, contenders, durations, summarize, tokens_of
 from benchmarks.train_step import IN_BATCH, ONE, PACKED, PADDED, StepSettings, plan_ways
 from jobs.bench_packing import packing
 from jobs.bench_train import settings, train
 from schemas.errors import ConfigError
+from tests.trainer.datasets import write_dataset
 
 TINY = {
     "model": "tiny",
@@ -29,7 +33,7 @@ TINY = {
 
 
 def step_settings(**changed: object) -> StepSettings:
-    return settings(**(TINY | {"budget": 2, "packs": 2} | changed))  # type: ignore[arg-type]
+    return settings(**(TINY | {"budget": 2, "packs": 2} | changed))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -62,12 +66,53 @@ def test_a_step_bench_leaves_all_its_numbers(tmp_path: Path) -> None:
         assert way["tokens_per_s"] > 0, name
         assert way["tokens"] == found["ways"][PACKED]["tokens"], name
         assert 0 < way["of_product"] < 2, name
+        assert way["prepare_s"] > 0, name
     assert found["ways"][PACKED]["packed_over"] == 1.0
     assert found["saves"]["foreground"]["blocked_s"] > 0
     assert found["saves"]["background"]["share"] < 1
     recorded = json.loads((tmp_path / "train_step.jsonl").read_text())
     assert recorded["ways"] == found["ways"]
     assert recorded["machine"]["cores"] >= 1
+
+
+def test_clips_of_one_length_are_not_padded() -> None:
+    assert set(plan_ways(step_settings(durations="3"), rank=0, ranks=1)) == {PACKED, ONE}
+
+
+def test_a_gpu_gets_what_fits_into_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    unset = dict.fromkeys(("durations", "packs", "reps", "height", "width", "prompt_tokens", "dtype"))
+    given: dict[str, Any] = {"model": "cogvideox-5b", "budget": 2, **unset}
+    assert settings(**given).durations_s == (3, 9, 18, 30, 63)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    on_gpu = settings(**given)
+    ways = plan_ways(on_gpu, rank=0, ranks=1)
+    longest = max(sum(on_gpu.tokens(width) for _, width in batch) for way in ways.values() for batch in way)
+    assert on_gpu.dtype == "bfloat16"
+    assert longest == 2 * (7 * 1350 + 226)
+    assert sum(len(batch) for batch in ways[PACKED]) == 4
+
+
+def test_saves_without_room_on_disk_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    chosen = step_settings(durations="1")
+    assert train(chosen, nproc=1, json_path=None, plot_path=None, results=tmp_path) == 0
+    assert json.loads((tmp_path / "train_step.jsonl").read_text())["saves"] is None
+    out = capsys.readouterr().out
+    assert "saves are left out" in out
+    assert "batch 1: " in out
+    assert "saving in the" not in out
+
+
+def test_waiting_for_data_is_measured_as_training_waits(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set")
+    chosen = step_settings(dataset=str(tmp_path / "set"), loader_steps=3, durations="1")
+    assert train(chosen, nproc=1, json_path=None, plot_path=None, results=tmp_path) == 0
+    loader = json.loads((tmp_path / "train_step.jsonl").read_text())["loader"]
+    assert loader["steps"] == 3
+    assert 0 <= loader["waiting"] < 1
 
 
 def test_settings_that_are_none_are_refused_by_name() -> None:

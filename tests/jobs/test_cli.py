@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.record import RESULTS
 from jobs import cli
 from jobs.preprocess import _ended_like_ctrl_c
 from tests.videos import make_video
@@ -212,6 +213,21 @@ def test_what_is_no_dataset_is_said_in_one_line(run: Any, tmp_path: Path) -> Non
         assert result.err.strip().splitlines() == [
             f"latentpress: {tmp_path} is not a latent dataset: it has no card.json"
         ]
+
+
+def test_a_bench_of_training_records_its_numbers_unless_told_not_to(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+
+    def packing(clips: int, *, results: Path | None, **_: object) -> int:
+        folders.append(results)
+        return 0
+
+    monkeypatch.setattr("jobs.bench_packing.packing", packing)
+    assert run("bench", "packing").code == 0
+    assert run("bench", "packing", "--no-record").code == 0
+    assert folders == [RESULTS, None]
 
 
 class TakenDown:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from PIL import Image
 
 from jobs.report_run import report_run
 from schemas.errors import ConfigError
+from trainer.checkpoint import FORMAT_VERSION, KEYS
 
 
 def step(number: int, stage: str, **values: Any) -> dict[str, Any]:
@@ -120,6 +122,24 @@ def test_many_steps_make_no_large_page(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     report_run(tmp_path, output=None, as_json=False)
     assert (tmp_path / "report.html").stat().st_size < 2e6
+
+
+def test_folders_that_a_person_kept_are_no_steps(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = {"format_version": FORMAT_VERSION, "step": 20, "files": {"weights": 3}}
+    for name in ("step-000020", "step-000020-keep", "step-000010"):
+        folder = run / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text(json.dumps(dict.fromkeys(KEYS, "") | meta))
+        (folder / "weights").write_bytes(b"all" if name.startswith("step-000020") else b"")
+    shutil.copytree(run / "samples" / "step-20", run / "samples" / "step-20-keep")
+    report_run(run, output=None, as_json=True)
+    assert json.loads(capsys.readouterr().out)["checkpoints"] == [{"step": 20, "bytes": 3}]
+
+
+def test_a_dataset_is_told_from_a_run(tmp_path: Path) -> None:
+    (tmp_path / "card.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is a dataset, and this draws training runs"):
+        report_run(tmp_path, output=None, as_json=False)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

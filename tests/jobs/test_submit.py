@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +82,8 @@ def test_what_cannot_train_is_refused_before_it_waits_in_a_queue(folder: Path, c
     path, options = config_file(folder, steps=3), SlurmOptions(nodes=2, gpus_per_node=4)
     with pytest.raises(ConfigError, match="must be the number of ranks, found 8; start with --nproc 3"):
         submit_slurm(path, overrides=["mesh.dp_replicate=3"], stage=None, options=options)
+    with pytest.raises(ConfigError, match=r"--time 2 leaves no time to train: .*time_margin_s, 120 s"):
+        submit_slurm(path, overrides=[], stage=None, options=SlurmOptions(time_min=2))
     with pytest.raises(ConfigError, match=r"--sbatch: expected NAME=VALUE, as qos=high; found qos"):
         sbatch_options(["qos"])
     assert not (cluster / "script").exists()
@@ -109,7 +112,8 @@ def test_a_job_that_runs_out_of_time_is_queued_again_until_the_run_is_done(
 ) -> None:
     """Through submitit's own local cluster; no step's time is long enough for two."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    overrides = [f"output={tmp_path}/run", "checkpoint.time_limit_s=1e-9"]
+    limits = ["checkpoint.time_limit_s=1e-9", "checkpoint.time_margin_s=0"]
+    overrides = [f"output={tmp_path}/run", *limits]
     config = run_config(config_file(folder, steps=2), overrides=overrides, stage=None)
     job = submit(config, options=SlurmOptions(gpus_per_node=2, time_min=10), cluster="local")
     assert job.exception() is None, job.stdout()
@@ -144,17 +148,25 @@ def test_torchrun_starts_the_same_run(folder: Path, tmp_path: Path) -> None:
 def test_ray_train_runs_it_on_its_workers_and_hands_errors_back(folder: Path, tmp_path: Path) -> None:
     import ray
 
-    from jobs.ray_train import fit
+    from jobs.ray_train import fit, submit_ray
 
     path = config_file(folder, steps=2)
-    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    with pytest.raises(RunError, match=r"no Ray cluster at localhost:1: .*refused"):
+        submit_ray(path, overrides=[], stage=None, address="localhost:1", workers=2)
+    cluster: Any = ray.init(
+        address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False
+    )
     try:
         fit(run_config(path, overrides=[f"output={tmp_path}/run"], stage=None), workers=2)
         saved = find_checkpoint(tmp_path / "run")
         assert (saved.step, saved.meta["mesh"]["ranks"]) == (2, 2)
-        wrong = run_config(path, overrides=[f"output={tmp_path}/wrong", "data.slots=3"], stage=None)
-        with pytest.raises(ConfigError, match=r"data\.slots = 3: expected a multiple of the 2"):
-            fit(wrong, workers=2)
+        logs = (Path(cluster.address_info["session_dir"]) / "logs").glob("worker-*")
+        assert sum(log.read_text().count("finished: 2 steps") for log in logs) == 1
+        wrong = run_config(
+            path, overrides=[f"output={tmp_path}/wrong", "model.attention=flash_attn_3"], stage=None
+        )
+        with pytest.raises(RunError, match=r"model\.attention = 'flash_attn_3'"):
+            fit(wrong, workers=1)
         assert not checkpoints_folder(tmp_path / "wrong").exists()
     finally:
         ray.shutdown()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jobs.train import export_model, train
-from schemas.errors import ConfigError
+from jobs.train import _rank, export_model, train
+from schemas.errors import ConfigError, RunError
 from schemas.load import load_config
 from schemas.train_config import TrainConfig
 from tests.trainer.datasets import write_dataset
 from trainer.checkpoint import find_checkpoint
+from trainer.parallel import World
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 START = "import sys; from jobs.train import train; sys.exit(train(sys.argv[1], nproc=int(sys.argv[2])))"
@@ -98,6 +102,8 @@ def test_one_rank_trains_here_resumes_finishes_and_exports(
     before = (tmp_path / "run" / "config.toml").read_bytes()
     with pytest.raises(ConfigError, match="seed: checkpoint 0, config 7"):
         train(path, overrides=[output, "seed=7"])
+    with pytest.raises(RunError, match=r"model\.attention = 'flash_attn_3'"):  # known late
+        train(path, overrides=[output, "stages.0.steps=6", "model.attention=flash_attn_3"])
     assert (tmp_path / "run" / "config.toml").read_bytes() == before
     (tmp_path / "run" / "loss.png").unlink()
     assert train(path, overrides=[output, "stages.0.steps=5"]) == 0
@@ -124,6 +130,61 @@ def test_a_stop_before_the_first_step_is_no_failure(
     monkeypatch.setattr("jobs.train._rank", told_to_stop)
     assert train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run"], nproc=2) == 0
     assert "stopped before the first step" in capsys.readouterr().out
+
+
+def fails_while_others_wait(rank: int, *args: Any) -> None:
+    """One rank fails, its peer waits for it; and ending a process group waits too, as it does with NCCL."""
+
+    def run(config: TrainConfig, *, world: World, pictures: object) -> None:
+        if world.rank == 1:
+            raise RunError("rank 1 has had enough")
+        world.barrier()
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr("trainer.loop.train", run)
+    patch.setattr("torch.distributed.destroy_process_group", lambda: time.sleep(600))
+    _rank(rank, *args)
+
+
+def test_a_rank_that_fails_alone_ends_all(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.train._rank", fails_while_others_wait)
+    with pytest.raises(RunError, match="rank 1 has had enough"):
+        train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run"], nproc=2)
+    assert not [each for each in multiprocessing.active_children() if each.name.startswith("rank ")]
+
+
+def fails_and_is_told_to_stop(
+    rank: int, size: int, port: int, config: TrainConfig, sender: Connection
+) -> None:
+    sender.send((1, f"{config.output} is full"))
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_a_failure_is_told_though_a_stop_follows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.train._rank", fails_and_is_told_to_stop)
+    with pytest.raises(RunError, match="run is full"):
+        train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run"], nproc=2)
+    assert "requeue" not in capsys.readouterr().out
+
+
+def told_to_stop_when_done(rank: int, *args: Any) -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setattr("trainer.loop.train", lambda config, *, world, pictures: None)
+    patch.setattr("torch.distributed.destroy_process_group", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    _rank(rank, *args)
+
+
+def test_a_stop_after_the_last_step_is_no_stop(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("jobs.train._rank", told_to_stop_when_done)
+    assert train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run"], nproc=2) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_a_rank_without_a_world_is_a_config_error(
@@ -161,7 +222,7 @@ def test_a_stage_of_another_mesh_names_its_number_of_ranks(folder: Path, tmp_pat
 def test_a_time_limit_ends_a_run_well(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limits = [f"output={tmp_path}/run", "checkpoint.time_limit_s=1e-9"]
+    limits = [f"output={tmp_path}/run", "checkpoint.time_limit_s=1e-9", "checkpoint.time_margin_s=0"]
     assert train(config_file(folder, steps=3), overrides=limits) == 0
     assert "stopped before checkpoint.time_limit_s" in (out := capsys.readouterr().out)
     assert "requeue me, the same command resumes" in out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -58,6 +59,13 @@ def on_ranks(
     return results
 
 
+def forget_meshes() -> None:
+    """What DTensor remembers of operations has the process groups of meshes in it, also of ended ones."""
+    from torch.distributed.tensor import debug
+
+    debug._clear_sharding_prop_cache()
+
+
 def _start(rank: int, port: int) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.trainer.stock", "trainer.sharding"])
@@ -75,6 +83,7 @@ def _stop() -> None:
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # there are as many CPUs as ranks, and not as many GPUs
     import torch
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
@@ -85,6 +94,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     while True:
         call, size, mesh, function, args = pipe.recv()
         member = Member(rank, rank, size, PrefixStore(call, store))
+        forget_meshes()
         try:
             with join(member, mesh, deterministic=True) as world:
                 answer = True, function(world, *args)

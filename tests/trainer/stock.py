@@ -59,9 +59,9 @@ KNOWN_SHAPES = ((3, 16, 24, 7),) * 4
 SDPA = Attention("sdpa", "for tests", sdpa, sdpa_cross)
 
 
-def stock_model(variant: str) -> CogVideoXTransformer3DModel:
-    """A stock model with all its weights random: also those that start at 0 or 1."""
-    model = CogVideoXTransformer3DModel(**CONFIGS[variant])
+def stock_model(variant: str, **changes: Any) -> CogVideoXTransformer3DModel:
+    """A stock model with all its weights random: also those that start at 0 or 1. `changes`: its config's."""
+    model = CogVideoXTransformer3DModel(**CONFIGS[variant] | changes)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.state_dict().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import pytest
 import torch
 
 from schemas.errors import ConfigError
+from schemas.scaling import Scaling
 from schemas.train_config import ModelConfig, TrainConfig
 from tests.trainer.datasets import write_dataset
 from tests.trainer.stock import SDPA, packed_model, stock_model, tiny_architecture
-from trainer.architecture import WEIGHTS, Architecture, DataShape, architecture, data_shape
+from trainer.architecture import Architecture, DataShape, architecture, data_shape
 from trainer.catalog import Catalog
 from trainer.collate import collate
+from trainer.inputs import INPUTS_NAME
 from trainer.layout import check_clips
 from trainer.loader import Loader
+from trainer.lora import LORA_NAME
 from trainer.model import build_model
+from trainer.model_folder import WEIGHTS
 from trainer.objective import Schedule
 from trainer.weights import initial_values
 
@@ -60,6 +65,12 @@ def test_of_pieces_encoded_apart_no_frame_leads(tmp_path: Path) -> None:
     catalog = Catalog(write_dataset(tmp_path / "set"))
     geometry = catalog.card.geometry
     assert data_shape(catalog).leading_frames == int(geometry.causal and not geometry.segment_frames)
+
+
+def test_leading_frames_are_the_datasets() -> None:
+    for leading in (0, 1):
+        found = architecture(settings(local_frames=2), replace(DATA, leading_frames=leading))
+        assert found.layout.leading_frames == found.attention()["leading_frames"] == leading
 
 
 def on_the_hub(folder: Path, variant: str) -> Path:
@@ -142,7 +153,7 @@ def test_a_config_of_another_kind_of_model_is_refused(folder: Path) -> None:
         (f"{WEIGHTS}.safetensors.index.json", '{"weight_map": 3}', "no weight_map"),
         (f"{WEIGHTS}.safetensors", "cut short", "cannot be read.*fetch it again"),
         ("scheduler/scheduler_config.json", "{", "cannot be read"),
-        ("scheduler/scheduler_config.json", "{}", "beta_schedule = None, expected 'scaled_linear'"),
+        ("scheduler/scheduler_config.json", "{}", "_class_name = '': expected a scheduler"),
     ],
 )
 def test_a_damaged_folder_is_named(folder: Path, name: str, text: str, message: str) -> None:
@@ -154,6 +165,20 @@ def test_a_damaged_folder_is_named(folder: Path, name: str, text: str, message: 
 
     with pytest.raises(ConfigError, match=message):
         start()
+
+
+def test_weights_beside_adapters_are_refused(folder: Path) -> None:
+    (folder / LORA_NAME).touch()
+    with pytest.raises(ConfigError, match=r"would be left out; give a folder that was exported with --merge"):
+        architecture(ModelConfig(init=str(folder)), DATA)
+
+
+def test_a_dataset_of_another_encoder_is_refused(tmp_path: Path) -> None:
+    data = data_shape(Catalog(write_dataset(tmp_path / "set", scaling=Scaling(rule="factor", factor=0.9))))
+    stock_model("5b", in_channels=16, out_channels=16, text_embed_dim=24).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / INPUTS_NAME).write_text(json.dumps({"latents": {"scaling": {"factor": 0.7}}}))
+    with pytest.raises(ConfigError, match="the dataset is not what these weights were trained on"):
+        architecture(ModelConfig(init=str(tmp_path / "model")), replace(data, prompt=(7, 24)))
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -193,10 +218,18 @@ def test_the_loader_knows_the_shapes_of_all_windows(tmp_path: Path) -> None:
 def test_settings_that_a_model_cannot_have_are_refused(tmp_path: Path) -> None:
     stock_model("5b-i2v").save_pretrained(tmp_path / "i2v")
     without_images = data_shape(Catalog(write_dataset(tmp_path / "set")))
+    stock_model("5b").save_pretrained(tmp_path / "5b")
     for changes, data, message in (
+        ({"init": str(tmp_path / "5b"), "num_layers": 3}, DATA, r"model\.num_layers = 3, it has 2; remove"),
+        ({"init": str(tmp_path / "5b"), "patch_size_t": 2}, DATA, r"model\.patch_size_t = 2, it has 1;"),
+        (
+            {"init": str(tmp_path / "5b"), "image_condition": True},
+            DATA,
+            "image_condition = True, it has False",
+        ),
         ({"text": "cross"}, DATA, "is for model.kind = 'dit'"),
         ({"local_frames": 3, "patch_size_t": 2}, DATA, "local_frames = 3: expected a multiple of 2"),
-        ({"init": str(tmp_path / "i2v"), "local_frames": 2}, DATA, "leave local_frames = 0"),
+        ({"init": str(tmp_path / "i2v"), "num_layers": 2, "local_frames": 2}, DATA, "leave local_frames = 0"),
         ({"init": str(tmp_path / "i2v"), "kind": "dit"}, DATA, "holds a CogVideoXTransformer3DModel"),
         ({"image_condition": True}, without_images, "video_encoder.image_latents = true"),
     ):

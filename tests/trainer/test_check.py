@@ -10,14 +10,16 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from schemas.errors import RunError
 from tests.trainer.datasets import write_dataset
 from tests.trainer.stock import CONFIGS
 from tests.trainer.test_loop import config
 from tests.trainer.test_parallel import alone
 from trainer import check as module
-from trainer.architecture import WEIGHTS
 from trainer.check import Finding
+from trainer.checkpoint import locked
 from trainer.export import export
+from trainer.model_folder import WEIGHTS
 from trainer.parallel import World
 
 
@@ -52,7 +54,25 @@ def test_random_weights_pass_and_what_they_cannot_tell_is_said(dataset: Path, tm
     assert outcomes(found) == [True, True, None, None]
     assert found[0].found == f"0 of {found[0].found.split()[2]} differ"
     assert "predict 0 whatever they are told" in found[3].found
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_check_left_goes_and_nothing_of_a_run_at_work(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / ".tmp-check-old").mkdir()
+    (tmp_path / ".tmp-check-old" / "large").write_bytes(b"weights")
+    with locked(tmp_path), pytest.raises(RunError, match="another run is training into"):
+        alone(findings, config(dataset, tmp_path))
+    assert (tmp_path / ".tmp-check-old" / "large").exists()
+    assert outcomes(alone(findings, config(dataset, tmp_path)))[0]
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_adapters_alone_beside_random_weights_are_pointed_out(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = {"name": "only", "steps": 6, "lr": {"peak": 1e-3}, "lora": {"rank": 2}}
+    alone(findings, config(dataset, tmp_path, stages=[stage]))
+    assert "adapters alone are trained, beside weights that are random" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])

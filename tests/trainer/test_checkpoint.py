@@ -136,6 +136,14 @@ def test_a_save_at_once_is_the_same(run: tuple[Path, Values], tmp_path: Path) ->
         assert path.read_bytes() == (find_checkpoint(run[0]).path / path.name).read_bytes()
 
 
+@pytest.mark.gpu
+def test_a_save_beside_training_on_a_gpu_is_of_its_step(tmp_path: Path) -> None:
+    """Through pinned memory, and with NCCL beside gloo."""
+    expected = alone(train_and_save, str(tmp_path), [1, 2, 3], gpu=True)
+    assert all(value.is_cuda for name, value in expected.items() if not name.endswith("step"))
+    assert_equal(alone(load, str(tmp_path), gpu=True), expected)
+
+
 def test_the_newest_are_kept_and_named(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-000002", "step-000003"]
     assert (folder / "latest").read_text().strip() == "step-000003"

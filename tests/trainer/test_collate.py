@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from schemas.errors import ConfigError
 from tests.trainer.stock import clips, clips_for, pack_inputs, tiny_architecture
+from trainer.attention import host_bounds
 from trainer.collate import collate, patchify, with_image
 from trainer.layout import Layout, fill_patches, num_spans, span_patches
 
@@ -149,3 +150,23 @@ def test_ttt_videos_curriculum_has_one_span_for_each_three_seconds() -> None:
     assert num_spans(39, local_frames=13, leading_frames=0) == 3
     with pytest.raises(ValueError, match="expected a multiple of patch_t"):
         num_spans(13, local_frames=3, patch_t=2)
+
+
+def test_a_pack_that_moves_keeps_its_bounds_at_hand() -> None:
+    """Numbers on a GPU would make the host wait; on the meta device there are none to wait for."""
+    inputs, _ = pack_inputs(clips(), variant="5b", local_frames=2)
+    moved = inputs.to(torch.device("meta"))
+    for name in ("cu_seqlens", "clip_seqlens", "text_seqlens"):
+        assert host_bounds(getattr(moved, name)) == getattr(inputs, name).tolist()
+
+
+def test_positions_over_spans_are_made_for_layers_that_take_them() -> None:
+    plain = tiny_architecture("5b", local_frames=2)
+    for plan, there in ((plain, False), (dataclasses.replace(plain, long_context="linear"), True)):
+        inputs = collate(
+            [clip.latents for clip in clips()],
+            [clip.prompt_embeds for clip in clips()],
+            [1, 2, 3, 4],
+            layout=plan.layout,
+        )
+        assert (inputs.clip_cos is not None) == (inputs.clip_sin is not None) == there

@@ -276,7 +276,7 @@ def test_long_context_changes_nothing_until_its_gate_opens_and_then_joins_spans(
     changed[0] += 1
 
     def last_span(model: PackedModel, latents: torch.Tensor) -> torch.Tensor:
-        inputs = collate([latents], [clip.prompt_embeds], [500], layout=architecture.layout)
+        inputs = collate([latents], [clip.prompt_embeds], [500], layout=model.layout)
         assert len(inputs.cu_seqlens) == 3
         out: torch.Tensor = model(inputs)[-2 * 16 :]
         return out

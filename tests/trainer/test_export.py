@@ -30,12 +30,13 @@ from tests.trainer.stock import (
 from tests.trainer.test_dit import Variant, dit_architecture
 from tests.trainer.test_lineage import known, save_stage
 from tests.trainer.test_parallel import Values, alone
-from trainer.architecture import WEIGHTS, Architecture, DataShape, architecture
+from trainer.architecture import Architecture, DataShape, architecture
 from trainer.checkpoint import Saved, find_checkpoint
 from trainer.dit import PackedDiT
-from trainer.export import LORA_NAME, export, published_base
-from trainer.lora import add_adapters
+from trainer.export import export, published_base
+from trainer.lora import LORA_NAME, add_adapters
 from trainer.model import build_model
+from trainer.model_folder import WEIGHTS
 from trainer.objective import Schedule
 from trainer.weights import initial_values
 
@@ -44,12 +45,12 @@ DATA = DataShape(latents=(3, 4, 12, 16), temporal=4, prompt=(7, 12))
 LORA = LoraConfig(targets=("to_q", "to_k", "to_v", r"to_out\.0", "text_proj"), rank=3, alpha=1.5)
 
 
-def run_config(*stages: dict[str, Any], init: str = "THUDM/CogVideoX-5b") -> dict[str, Any]:
+def run_config(*stages: dict[str, Any], init: str = "THUDM/CogVideoX-5b", **model: Any) -> dict[str, Any]:
     settings = [{"name": f"s{i}", "steps": 1, "lr": {"peak": 1.0}} | stage for i, stage in enumerate(stages)]
     config = TrainConfig(
         dataset="d",
         output="o",
-        model=ModelConfig(init=init),
+        model=ModelConfig(init=init, **model),
         stages=tuple(StageConfig.model_validate(stage) for stage in settings),
     )
     return config.model_dump(mode="json")
@@ -66,13 +67,14 @@ def save(run: Path, lora: LoraConfig | None, plan: Architecture | None = None, *
 def read_again(folder: Path, plan: Architecture) -> Values:
     """All that is in an export: weights as a run starts from them, and adapters, under their names there."""
     found: Values = {}
+    if (folder / LORA_NAME).exists():
+        found = {name.removeprefix("transformer."): v for name, v in load_file(folder / LORA_NAME).items()}
+        (folder / LORA_NAME).unlink()  # beside adapters weights start no run
     if (folder / "config.json").exists():
         model = build_model(plan, SDPA)
         read = initial_values(str(folder), model, seed=0)
         for name, value in model.state_dict().items():
             found[name] = read(name, tuple(slice(0, size) for size in value.shape))
-    if (folder / LORA_NAME).exists():
-        found |= {name.removeprefix("transformer."): v for name, v in load_file(folder / LORA_NAME).items()}
     return found
 
 
@@ -102,7 +104,8 @@ def test_stock_diffusers_opens_the_export_strictly_with_equal_values(exported: P
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert {name: model.config[name] for name in CONFIGS["5b"]} == CONFIGS["5b"]
     assert json.loads((exported / "config.json").read_text())["_class_name"] == "CogVideoXTransformer3DModel"
-    assert json.loads((exported / "latents.json").read_text()) == INPUTS
+    attention = {"local_frames": 0, "leading_frames": 1, "long_context": "none"}
+    assert json.loads((exported / "latents.json").read_text()) == INPUTS | {"attention": attention}
     scheduler = CogVideoXDDIMScheduler.from_pretrained(exported / "scheduler")
     torch.testing.assert_close(
         scheduler.alphas_cumprod, Schedule(snr_shift_scale=3.0).alphas_cumprod(), rtol=1e-12, atol=1e-15
@@ -171,7 +174,6 @@ def test_adapters_are_exported_under_the_names_of_diffusers(adapted: Saved, tmp_
 
 
 def test_the_stock_pipeline_loads_the_adapters(adapted: Saved, tmp_path: Path) -> None:
-    pytest.importorskip("peft")
     export(adapted, tmp_path / "out")
     model = CogVideoXTransformer3DModel.from_config(CONFIGS["5b"])
     model.load_state_dict(packed_model("5b").state_dict())
@@ -183,7 +185,9 @@ def test_the_stock_pipeline_loads_the_adapters(adapted: Saved, tmp_path: Path) -
 def test_adapters_beside_weights_that_were_trained_come_with_them(tmp_path: Path) -> None:
     saved = save(tmp_path / "run", LORA, trainable=["@norms"])
     (note,) = export(saved, tmp_path / "out")
-    assert note.endswith("beside the weights in this folder, which were trained too")
+    assert note.endswith(
+        "beside the weights in this folder, which are nowhere else: random, trained, or merged into"
+    )
     model = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out")
     assert all(
         torch.equal(model.state_dict()[name], value)
@@ -206,6 +210,9 @@ ADAPTERS = {"lora": {"rank": 4}}
         (run_config({"lora": {"rank": 8}}, ADAPTERS), "s1", None),  # merged
         (run_config(ADAPTERS | {"trainable": ["@norms"]}), "s0", None),
         (run_config(ADAPTERS, init="random"), "s0", None),
+        (run_config(ADAPTERS, revision="v1"), "s0", "THUDM/CogVideoX-5b at revision v1"),
+        (run_config({}, ADAPTERS | {"init": "other"}, revision="v1"), "s1", "other"),
+        (run_config(ADAPTERS, long_context="linear"), "s0", None),
     ],
 )
 def test_adapters_stand_beside_published_weights_where_nothing_else_was_trained(
@@ -252,6 +259,32 @@ def test_long_context_layers_are_exported_and_said_to_be_ours(tmp_path: Path) ->
     assert (
         json.loads((tmp_path / "out/config.json").read_text())["_class_name"] == "CogVideoXTransformer3DModel"
     )
+
+
+def test_local_attention_is_said_and_starts_no_run_without(tmp_path: Path) -> None:
+    plan = tiny_architecture("5b", local_frames=2)
+    (note,) = export(save(tmp_path / "run", None, plan), tmp_path / "out")
+    assert note.startswith(
+        "trained on spans of 2 latent frames, each with a copy of the prompt; stock diffusers"
+    )
+    init = str(tmp_path / "out")
+    assert architecture(ModelConfig(init=init, local_frames=2), DATA).config == plan.config
+    with pytest.raises(ConfigError, match=r"local_frames is 0, latents\.json has 2"):
+        architecture(ModelConfig(init=init), DATA)
+
+
+def test_a_checkpoint_that_describes_another_model_is_refused(tmp_path: Path) -> None:
+    saved = save(tmp_path / "run", None)
+    plan = tiny_architecture("5b")
+    wide = replace(plan, config=plan.config | {"text_embed_dim": 24})
+    for changed, message in (
+        (wide, r"text_proj\.weight: expected \(32, 24\), found \(32, 12\)"),
+        (replace(plan, config=plan.config | {"num_layers": 1}), r"transformer_blocks\.1\..* is unknown"),
+    ):
+        meta = saved.meta | {"architecture": changed.record()}
+        with pytest.raises(ConfigError, match=message):
+            export(replace(saved, meta=meta), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("trained", ["adapters", "all", "adapters and norms"])

@@ -90,10 +90,13 @@ def test_validation_takes_each_clip_once_the_same_ones_each_time(tmp_path: Path)
         for visit in looked
     )
     assert {visit.key for visit in looked} == {
-        f"validation/0/{catalog.sample_id(visit.row)}/{catalog.caption_digest(visit.row)}" for visit in looked
+        f"validation/{catalog.sample_id(visit.row)}/{catalog.caption_digest(visit.row)}" for visit in looked
     }
     other = plan_config(
-        validation=SHARE, data={"slots": 4}, stage={"name": "other", "budget_tokens": 60, "max_frames": 5}
+        seed=7,
+        validation=SHARE,
+        data={"slots": 4},
+        stage={"name": "other", "budget_tokens": 60, "max_frames": 5},
     )
     again = [visit.key for pack in stage_plan(catalog, other).validation_reads(100) for _, visit in pack]
     assert sorted(again) == sorted(visit.key for visit in looked)
@@ -102,6 +105,19 @@ def test_validation_takes_each_clip_once_the_same_ones_each_time(tmp_path: Path)
     assert set(few) <= set(again)
     grown = {visit.key for pack in stage_plan(more, config).validation_reads(100) for _, visit in pack}
     assert grown >= set(again)
+
+
+def test_validation_does_not_depend_on_the_order_of_datasets(tmp_path: Path) -> None:
+    """The second one has clips of the first, under the same names."""
+    one = make_catalog(tmp_path / "one", clips(0, 30))
+    other = make_catalog(tmp_path / "other", clips(0, 40), seed=1)
+    config = plan_config(validation=SHARE)
+    keys = []
+    for catalogs in ([one, other], [other, one]):
+        plan = stage_plan(Mixture(catalogs), config)
+        keys.append(sorted(visit.key for pack in plan.validation_reads(100) for _, visit in pack))
+    assert keys[0] == keys[1]
+    assert len(set(keys[0])) == len(keys[0]) > 8
 
 
 def test_without_a_share_validation_is_of_training_clips(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from schemas.model_weights import VAE_WEIGHTS, weight_files, weights_sha256
 from schemas.scaling import ImageScaling, Scaling
 from tests.pipeline.tiny_vaes import save_vae
 from tests.trainer.datasets import GEOMETRY
-from trainer.inputs import check_inputs, inputs_of
+from trainer.inputs import check_attention, check_inputs, inputs_of
 
 COGVIDEOX = {"kind": "diffusers", "class": "AutoencoderKLCogVideoX"}
 ROTARY, PLAIN = ({"use_rotary_positional_embeddings": rotary} for rotary in (True, False))
@@ -179,3 +179,20 @@ def test_an_adopted_vae_is_the_dataset_s_too(tmp_path: Path) -> None:
     made = card({**COGVIDEOX, "weights_sha256": "0" * 64})
     record = {"fields": {"video_encoder.weights_sha256": ["0" * 64, digest]}}
     check_inputs(made, tmp_path / "transformer", PLAIN, adoptions=[record])
+
+
+def test_weights_that_learned_to_attend_otherwise_are_refused(tmp_path: Path) -> None:
+    whole = {"local_frames": 0, "leading_frames": 1, "long_context": "none"}
+    local = {"local_frames": 2, "leading_frames": 0, "long_context": "linear"}
+    check_attention(local, tmp_path)  # nothing is said
+    (tmp_path / "latents.json").write_text(json.dumps({"attention": whole}))
+    check_attention(local, tmp_path)  # may be learned
+    check_attention(whole | {"leading_frames": 0}, tmp_path)  # without spans none is led
+    (tmp_path / "latents.json").write_text(json.dumps({"attention": local}))
+    check_attention(local, tmp_path)
+    for name, value in {"local_frames": 0, "leading_frames": 1, "long_context": "none"}.items():
+        with pytest.raises(
+            ConfigError, match=f"^stages.1.init.*: {name} is {value!r}, latents.json has"
+        ) as caught:
+            check_attention(local | {name: value}, tmp_path, key="stages.1.init")
+        assert str(caught.value).count("latents.json has") == 1

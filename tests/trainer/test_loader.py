@@ -171,12 +171,17 @@ def test_held_out_clips_are_the_same_on_every_rank(dataset: Path) -> None:
         with Loader(Catalog(dataset), config=config, rank=rank, world_size=2) as loader:
             trained = {segment.sample_id for segment in all_segments(loader, steps=6 + rank)}
             looked.append(loader.held_out("all", limit=2))
-            assert same(loader.held_out("all", limit=2), looked[-1])
-    assert same(*looked)
-    held = [segment for pack in looked[0] for segment in pack.segments]
+            assert loader.held_out("all", limit=2) == looked[-1]
+            clips = [clip for pack in looked[-1] for clip in pack]
+            held = loader.read(clips).segments
+            for clip, segment in zip(clips, held, strict=True):
+                prompt = loader.prompt(clip)
+                assert prompt is not None
+                assert torch.equal(prompt, segment.prompt_embeds)
+    assert looked[0] == looked[1]
     assert len(held) == 2
     assert not {segment.sample_id for segment in held} & trained
-    assert all(segment.key.startswith(f"validation/0/{segment.sample_id}/") for segment in held)
+    assert all(segment.key.startswith(f"validation/{segment.sample_id}/") for segment in held)
 
 
 def test_any_step_equals_never_stopping(dataset: Path) -> None:
@@ -496,7 +501,8 @@ def test_a_sample_longer_than_the_budget_is_a_config_error(dataset: Path) -> Non
 
 def test_slots_must_be_shared_evenly(dataset: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"slots = 6: .* 4 data-parallel ranks; set data.slots to 8, .* 1 or 2 or 3"
+        ConfigError,
+        match=r"slots = 6: .* 4 data-parallel ranks; run on 1 or 2 or 3 .* data.slots to 8 in a run",
     ):
         Loader(Catalog(dataset), config=train_config(slots=6), world_size=4)
 

@@ -21,7 +21,7 @@ from tests.trainer.gloo import on_two_ranks
 from tests.trainer.stock import CONFIGS, SDPA, stock_loss
 from tests.trainer.test_parallel import Values, alone
 from trainer import loop, sharding
-from trainer.architecture import WEIGHTS, architecture, data_shape
+from trainer.architecture import architecture, data_shape
 from trainer.catalog import Catalog
 from trainer.checkpoint import checkpoints_folder, find_checkpoint
 from trainer.export import export
@@ -29,6 +29,7 @@ from trainer.layout import fill_patches
 from trainer.loader import Loader
 from trainer.metrics import read_records
 from trainer.model import build_model
+from trainer.model_folder import WEIGHTS
 from trainer.parallel import World
 from trainer.weights import initial_values
 
@@ -192,8 +193,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_clip(
 
     noised = Objective.noised
 
-    def poisoned(self: Objective, clean: torch.Tensor, *, key: str, timestep: float) -> Any:
-        noisy, target = noised(self, clean, key=key, timestep=timestep)
+    def poisoned(self: Objective, clean: torch.Tensor, **draw: Any) -> Any:
+        noisy, target = noised(self, clean, **draw)
         return noisy, target * (float("nan") if len(clean) == 6 else 1)
 
     monkeypatch.setattr(Objective, "noised", poisoned)

@@ -80,6 +80,19 @@ def test_the_scale_is_alpha_over_rank() -> None:
     assert lora_scale(LoraConfig(rank=8, alpha=4.0)) == 0.5
 
 
+def test_the_patch_embedding_of_two_frames_has_no_adapters() -> None:
+    """There it is a linear layer, but the packed model uses its matrix alone."""
+    assert isinstance(packed_model("1.5").get_submodule("patch_embed.proj"), nn.Linear)
+    with pytest.raises(ConfigError, match="is the end of no name"):
+        add_adapters(packed_model("1.5"), LoraConfig(targets=(r"patch_embed\.proj",)))
+
+
+def test_a_target_is_a_whole_regex() -> None:
+    model = packed_model("5b")
+    layers = add_adapters(model, LoraConfig(targets=("(?i)TO_Q|to_k",), rank=2))
+    assert layers == [f"transformer_blocks.{i}.attn1.to_{part}" for i in (0, 1) for part in "kq"]
+
+
 @pytest.mark.parametrize(
     ("target", "closest"),
     [

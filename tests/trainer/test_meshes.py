@@ -11,19 +11,33 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from schemas.errors import ConfigError
 from schemas.train_config import LrConfig, MeshConfig, OptimConfig, PrecisionConfig
 from tests.trainer.gloo import on_ranks
 from tests.trainer.stock import SDPA, clips, tiny_architecture
 from tests.trainer.test_parallel import Values, alone, assert_same, whole
+from trainer import routes
 from trainer.architecture import Architecture
+from trainer.attention import Attention, within
 from trainer.collate import PackedInputs, collate
 from trainer.dit import PackedDiT
 from trainer.model import build_model
 from trainer.optim import make_optimizer
 from trainer.parallel import World
-from trainer.sharding import Recompute, Slices, clip_grad_norm, fill, parallelize
+from trainer.sharding import (
+    KEPT,
+    Recompute,
+    Slices,
+    clip_grad_norm,
+    fill,
+    parallelize,
+    predict,
+    reduce_over_replicas,
+)
 
 
 @dataclass(frozen=True)
@@ -103,13 +117,11 @@ def course(
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         loss = 0.0
-        for inputs, target in packs:
-            if world.sp:
-                part = world.sp.split(inputs)
-                prediction = world.sp.gather(model(part), part)
-                share = (prediction - target).square().sum() / 1000 / world.sp.size
-            else:
-                share = (model(inputs) - target).square().sum() / 1000
+        for number, (inputs, target) in enumerate(packs, start=1):
+            if world.sp and number % 2:  # as the feed splits it, or as validation hands it over
+                inputs = world.sp.split(inputs)
+            share = (predict(model, inputs, world=world) - target).square().sum() / 1000 / world.shape.sp
+            reduce_over_replicas(model, last=number == len(packs), precision=PrecisionConfig())
             share.backward()
             loss += share.item()
         losses += world.sum([loss])
@@ -180,6 +192,48 @@ def course_of_two_stages(world: World) -> Course:
     return course(world, "cogvideox", mesh=mesh(tp=2))
 
 
+def groups_of_meshes(world: World) -> list[int]:
+    """How many process groups there are after each change of mesh."""
+    made = [world.under(mesh(sp=2)), world.under(mesh(dp_replicate=2))]
+    groups = [len(distributed_c10d._world.pg_map)]
+    for degrees in (MeshConfig(), mesh(sp=2), mesh(dp_replicate=2), mesh(dp_shard=2)):
+        made.append(world.under(degrees).under(degrees))
+        groups.append(len(distributed_c10d._world.pg_map))
+    assert made[2:] == [world, made[0], made[1], world]
+    return groups
+
+
+def test_stages_share_the_groups_of_their_meshes() -> None:
+    for groups in on_ranks(2, groups_of_meshes):
+        assert len(set(groups)) == 1
+
+
+def meetings_of_replicas(world: World, reduce: str) -> list[int]:
+    """How often replicas add up gradients in each of three backward passes of a step, the last one last."""
+    architecture = four_heads("cogvideox")
+    with torch.device("meta"):
+        model = build_model(architecture, SDPA)
+    precision = PrecisionConfig.model_validate({"reduce": reduce})
+    parallelize(model, world=world, precision=precision)
+    fill(model, lambda name, slices: torch.ones([s.stop - s.start for s in slices]), device=world.device)
+    met = []
+    for last in (False, False, True):
+        inputs, _ = packs_of(world, architecture)[0]
+        reduce_over_replicas(model, last=last, precision=precision)
+        loss = predict(model, inputs, world=world).square().sum()
+        with CommDebugMode() as heard:
+            loss.backward()
+        met.append(heard.get_comm_counts().get(torch.ops.c10d.allreduce_, 0))
+    return met
+
+
+@pytest.mark.parametrize(("reduce", "expected"), [("float32", [0, 0, 3]), ("bfloat16", [3, 3, 3])])
+def test_replicas_meet_once_a_step(reduce: str, expected: list[int]) -> None:
+    """Two blocks and the rest."""
+    for met in on_ranks(2, meetings_of_replicas, reduce, mesh=mesh(dp_replicate=2)):
+        assert met == expected
+
+
 def test_a_stage_has_a_mesh_of_its_own(one_rank: dict[str, Course]) -> None:
     for found in on_ranks(2, course_of_two_stages):
         assert_same_course(found, one_rank["cogvideox"])
@@ -187,7 +241,11 @@ def test_a_stage_has_a_mesh_of_its_own(one_rank: dict[str, Course]) -> None:
 
 def dynamo_warnings(test: Callable[..., None]) -> Callable[..., None]:
     """What torch.compile warns itself of, and hides where warnings are no errors."""
-    for text in ("The .grad attribute of a Tensor", "<class 'torch.autograd.function.Function'> should not"):
+    for text in (
+        "The .grad attribute of a Tensor",
+        "<class 'torch.autograd.function.Function'> should not",
+        ".*torch.jit.script",
+    ):
         test = pytest.mark.filterwarnings(f"ignore:{text}")(test)
     return test
 
@@ -201,20 +259,93 @@ def test_recomputing_changes_nothing(one_rank: dict[str, Course], kind: str, rec
     assert_same(found.weights, one_rank[kind].weights, tolerance=0)
 
 
-@dynamo_warnings
-def test_compiled_blocks_change_nothing(one_rank: dict[str, Course], monkeypatch: pytest.MonkeyPatch) -> None:
+class Attended(TorchDispatchMode):
+    """Counts the kernels of attention that run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() in KEPT
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention", "block"])
+def test_attention_is_kept_where_its_block_is_recomputed(recompute: Recompute) -> None:
+    with Attended() as attended:
+        alone(course, "cogvideox", recompute)
+    blocks, steps, segments = 2, 2, sum(map(len, PACKS))
+    assert attended.count == blocks * steps * segments
+
+
+def aot_eager(test: pytest.MonkeyPatch) -> None:
     """All of torch.compile but its kernels, whose compilation would take a minute."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    assert_same_course(alone(course, "cogvideox", "feed_forward", True), one_rank["cogvideox"])
+    test.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
-@pytest.mark.slow
+@dynamo_warnings
+@pytest.mark.parametrize("recompute", ["feed_forward", "block"])
+def test_compiled_blocks_change_nothing(
+    one_rank: dict[str, Course], monkeypatch: pytest.MonkeyPatch, recompute: Recompute
+) -> None:
+    aot_eager(monkeypatch)
+    assert_same_course(alone(course, "cogvideox", recompute, True), one_rank["cogvideox"])
+
+
+def compiled_course(world: World, recompute: Recompute) -> Course:
+    with pytest.MonkeyPatch.context() as patch:
+        aot_eager(patch)
+        return course(world, "cogvideox", recompute, True)
+
+
+def test_compiled_blocks_share_their_packs(one_rank: dict[str, Course]) -> None:
+    for found in on_ranks(2, compiled_course, "block", mesh=mesh(sp=2)):
+        assert_same_course(found, one_rank["cogvideox"])
+
+
+def one_pack(world: World, recompute: Recompute, compile: bool, attention: Attention) -> Values:
+    """Gradients of a model of one block."""
+    architecture = four_heads("cogvideox")
+    architecture = replace(architecture, config=architecture.config | {"num_layers": 1})
+    with torch.device("meta"):
+        model = build_model(architecture, attention)
+    parallelize(model, world=world, precision=PrecisionConfig(), recompute=recompute, compile=compile)
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in model.state_dict().items()}
+    fill(model, lambda name, slices: values[name][slices], device=world.device)
+    inputs, target = packs_of(world, architecture)[0]
+    (predict(model, inputs, world=world) - target.to(world.device)).square().sum().backward()
+    return {name: whole(p.grad).cpu() for name, p in model.named_parameters()}
+
+
 @pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile makes C++ of a CPU's kernels: needs g++"
 )
 @dynamo_warnings
-def test_compiled_kernels_change_nothing(one_rank: dict[str, Course]) -> None:
-    assert_same_course(alone(course, "cogvideox", "none", True), one_rank["cogvideox"])
+def test_compiled_kernels_change_nothing() -> None:
+    assert_same(alone(one_pack, "none", True, SDPA), alone(one_pack, "none", False, SDPA), tolerance=1e-5)
+
+
+@pytest.mark.gpu
+@dynamo_warnings
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_compiled_kernels_change_nothing_on_a_gpu(recompute: Recompute) -> None:
+    """Through varlen attention, which compiles with its block."""
+    cross = routes.ROUTES["varlen"]()
+
+    def in_bfloat16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bounds: Any) -> torch.Tensor:
+        return cross(q.bfloat16(), k.bfloat16(), v.bfloat16(), *bounds).float()
+
+    varlen = Attention("varlen", "", within(in_bfloat16), in_bfloat16)
+    expected = alone(one_pack, "none", False, varlen, gpu=True)
+    assert_same(alone(one_pack, recompute, True, varlen, gpu=True), expected, tolerance=2e-2)
+
+
+@pytest.mark.gpu
+def test_one_rank_with_nccl_computes_what_a_cpu_does() -> None:
+    found = alone(one_pack, "block", False, SDPA, gpu=True)
+    assert_same(found, alone(one_pack, "block", False, SDPA), tolerance=1e-3)
 
 
 def refused(world: World, degrees: MeshConfig, kind: str, lora: bool = False) -> str:

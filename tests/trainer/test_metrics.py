@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +15,7 @@ from typing import ClassVar
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from schemas.errors import RunError
 from trainer.metrics import (
     DURATIONS,
     Metrics,
@@ -19,6 +24,7 @@ from trainer.metrics import (
     duration_bucket,
     duration_sums,
     loss_by_duration,
+    plot_loss,
     read_records,
     running_mean,
 )
@@ -103,6 +109,44 @@ def test_without_tensorboard_it_is_said_once_and_all_else_works(
     assert capsys.readouterr().out.count("pip install tensorboard") == 1
     assert len(read_records(tmp_path / "metrics.jsonl")) == 3
     assert not (tmp_path / "tensorboard").exists()
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """As on a disk that is full: writing beyond `size` bytes of a file fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_error_that_says_what_to_do(tmp_path: Path) -> None:
+    with largest_file(4096), pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: .*make room"):
+        run(tmp_path, first=0, last=100)
+    done = len(read_records(tmp_path / "metrics.jsonl"))
+    assert 0 < done < 100
+    with largest_file(10), pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: .*make room"):
+        run(tmp_path, first=done, last=100)
+    run(tmp_path, first=done, last=100)
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 100
+    with largest_file(4096), pytest.raises(RunError, match=r"loss\.png cannot be written: .*make room"):
+        plot_loss(tmp_path, normalize="per_clip")
+
+
+def test_a_full_disk_ends_the_tensorboard_log_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook = threading.excepthook
+    monkeypatch.setattr("trainer.metrics.plot_loss", lambda output, **settings: None)
+    with largest_file(60_000):
+        run(tmp_path, first=0, last=150)
+    out, err = capsys.readouterr()
+    assert out.count("the TensorBoard log ends here: ") == 1
+    assert "Traceback" not in err
+    assert len(read_records(tmp_path / "metrics.jsonl")) == 150
+    assert threading.excepthook is hook
 
 
 @pytest.fixture

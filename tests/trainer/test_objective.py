@@ -12,6 +12,7 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpm_cogvideox import CogVideoXDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from schemas.errors import ConfigError
@@ -150,6 +151,19 @@ def test_a_written_schedule_is_read_again(name: ObjectiveName, tmp_path: Path) -
     assert make_objective(loss, which.schedule) == which
 
 
+@pytest.mark.parametrize("kind", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+@pytest.mark.parametrize("left_out", ["snr_shift_scale", "beta_start", "beta_end", "num_train_timesteps"])
+def test_what_a_schedule_leaves_out_is_what_diffusers_takes(kind: Any, left_out: str, tmp_path: Path) -> None:
+    path = tmp_path / "scheduler_config.json"
+    given = objective().scheduler_config() | {"_class_name": kind.__name__}
+    del given[left_out]
+    path.write_text(json.dumps(given))
+    stock = kind.from_config(given).alphas_cumprod
+    torch.testing.assert_close(read_schedule(path).alphas_cumprod(), stock, rtol=1e-12, atol=1e-15)
+    shifted = left_out == "snr_shift_scale"
+    assert torch.allclose(stock, Schedule().alphas_cumprod(), rtol=1e-6) != shifted
+
+
 def test_a_schedule_of_another_objective_is_refused(tmp_path: Path) -> None:
     flow = objective("flow", shift=3.0).schedule
     for schedule, loss, message in (
@@ -164,6 +178,9 @@ def test_a_schedule_of_another_objective_is_refused(tmp_path: Path) -> None:
         ({"prediction_type": "sample"}, "prediction_type = 'sample', expected 'v_prediction'"),
         ({"prediction_type": "epsilon"}, "rescale_betas_zero_snr = True, expected False"),
         ({"beta_end": -1}, "beta_end = -1, expected a positive float"),
+        ({"trained_betas": [0.1, 0.2]}, r"trained_betas = \[0.1, 0.2\], expected None"),
+        ({"_class_name": "MyScheduler"}, "_class_name = 'MyScheduler': expected a scheduler of diffusers"),
+        ({"_class_name": "AutoencoderKL"}, "_class_name = 'AutoencoderKL': expected a scheduler"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "invert_sigmas = True"),
     ):
         path.write_text(json.dumps(objective().scheduler_config() | change))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from schemas.errors import ConfigError
@@ -95,6 +96,7 @@ def test_groups_name_the_parts_of_the_dit_and_nothing_is_left_over() -> None:
     assert {name.split(".")[2] for name in names["@long_context"]} == {"long_context"}
     assert {name.split(".")[0] for name in names["@projector"]} == {"text_projector"}
     assert len(names["@lora"]) == 2 * 2 * (4 + 4)
+    assert not any(".long_context." in name for name in names["@norms"])
     # A norm may belong to the layer it serves too; no other name has two groups.
     alone = [found for group, found in names.items() if group not in ("@norms", "@lora")]
     assert sum(map(len, alone)) == len(set().union(*alone))
@@ -114,6 +116,20 @@ def test_groups_name_the_parts_of_the_dit_and_nothing_is_left_over() -> None:
 def test_a_group_that_finds_nothing_is_refused(pattern: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         set_trainable(packed_model("5b"), stage(pattern))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trainable": ["("]},
+        {"lora": {"targets": ["to_q", "("]}},
+        {"lr": {"groups": [{"match": "(", "peak": 1.0}]}},
+    ],
+)
+def test_what_is_no_regex_is_refused_with_the_config(settings: dict[str, Any]) -> None:
+    tree = {"name": "s", "steps": 1, "lr": {"peak": 0.1} | settings.pop("lr", {}), **settings}
+    with pytest.raises(ValidationError, match=r"'\(' is not a regular expression: missing \), unterminated"):
+        StageConfig.model_validate(tree)
 
 
 def test_with_adapters_they_are_trained_and_what_is_named_besides() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import pytest
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from schemas.errors import ConfigError
 from schemas.train_config import MeshConfig, PrecisionConfig
-from tests.trainer.gloo import on_two_ranks
+from tests.trainer.gloo import forget_meshes, on_two_ranks
 from tests.trainer.stock import SDPA, SHAPES, clip_errors, clips, pack_inputs, packed_model, tiny_architecture
 from trainer.model import PackedModel, build_model
 from trainer.parallel import Member, MeshShape, World, join
@@ -83,9 +84,14 @@ def bfloat16_step(world: World) -> tuple[torch.dtype, set[torch.dtype], bool]:
     return output.dtype, {p.dtype for p in model.parameters()}, finite
 
 
-def alone(function: Any, *args: Any) -> Any:
-    with join(Member.alone(), MeshConfig(), deterministic=True) as world:
-        return function(world, *args)
+def alone(function: Any, *args: Any, gpu: bool = False) -> Any:
+    """`function(world, *args)` on one rank of its own, on a CPU also where there are GPUs."""
+    forget_meshes()
+    with pytest.MonkeyPatch.context() as patch:
+        if not gpu:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        with join(Member.alone(), MeshConfig(), deterministic=True) as world:
+            return function(world, *args)
 
 
 def assert_same(found: Values, expected: Values, *, tolerance: float) -> None:
@@ -126,6 +132,36 @@ def test_the_clip_is_that_of_the_whole_gradient(max_norm: float) -> None:
     for norm, found in (alone(norm_and_clipped, max_norm), *on_two_ranks(norm_and_clipped, max_norm)):
         assert norm == pytest.approx(expected, rel=1e-6)
         assert_same(found, clipped, tolerance=1e-6)
+
+
+def stale_mesh(world: World) -> tuple[float, float]:
+    """The norm of gradients whose mesh equals the parameters' but names groups that are no more."""
+    model = sharded_model(world)
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    expected = clip_grad_norm(model.parameters(), max_norm=1e9)
+    ended: Any = copy.copy(world.mesh)
+    ended._dim_group_names = ["ended"] * world.mesh.ndim
+    for parameter in model.parameters():
+        grad = cast(DTensor, parameter.grad)
+        parameter.grad = DTensor.from_local(grad.to_local(), ended, grad.placements, run_check=False)
+    return clip_grad_norm(model.parameters(), max_norm=1e9), expected
+
+
+def test_the_norm_asks_the_groups_of_the_parameters() -> None:
+    for found, expected in on_two_ranks(stale_mesh):
+        assert found == expected
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    member = Member(rank=1, local_rank=1, size=2, store=None)
+    with (
+        pytest.raises(ConfigError, match=r"found torch.cuda.device_count\(\) = 1; start as many ranks"),
+        join(member, MeshConfig(), deterministic=True),
+    ):
+        pass
 
 
 def test_ranks_agree() -> None:

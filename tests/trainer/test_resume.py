@@ -63,7 +63,7 @@ FREE: dict[str, dict[str, Any]] = {
     "mesh.dp_replicate: 1 -> 2": {"mesh": {"dp_replicate": 2}},
     "optim.max_grad_norm: 1.0 -> 9.0": {"optim": {"max_grad_norm": 9.0}},
     "precision.param: 'float32' -> 'bfloat16'": {"precision": {"param": "bfloat16"}},
-    "checkpoint.time_limit_s: 0.0 -> 60.0": {"checkpoint": {"time_limit_s": 60.0}},
+    "checkpoint.time_limit_s: 0.0 -> 600.0": {"checkpoint": {"time_limit_s": 600.0}},
     "model.attention: 'auto' -> 'sdpa'": {"model": {"attention": "sdpa"}},
     "model.recompute: 'none' -> 'block'": {"model": {"recompute": "block"}},
     "model.compile: False -> True": {"model": {"compile": True}},

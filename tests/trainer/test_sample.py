@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 from diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video import CogVideoXImageToVideoPipeline
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
 
-from schemas.errors import ConfigError, RunError
+from schemas.errors import ConfigError
 from schemas.train_config import LossConfig, MeshConfig, ValidationConfig
 from tests.trainer.datasets import prompt_tensors, write_dataset
 from tests.trainer.gloo import on_two_ranks
@@ -25,9 +26,11 @@ from trainer.collate import PackedInputs, patchify
 from trainer.model import PackedModel
 from trainer.objective import Objective, Schedule, make_objective
 from trainer.order import keyed_generator
-from trainer.packing import Segment
+from trainer.packing import Pack, Segment
 from trainer.parallel import Member, World, join
-from trainer.sample import Sample, draw, draw_samples, guidance_prompt, show, unpatchify
+from trainer.sample import draw, draw_samples, guidance_prompt, unpatchify
+from trainer.stage_plan import Read
+from trainer.visit import Visit
 
 V = make_objective(LossConfig(), Schedule())
 FLOW = make_objective(LossConfig(objective="flow", shift=3.0), Schedule())
@@ -68,15 +71,20 @@ class OnePicture:
         return SimpleNamespace(latents=self._latents)
 
 
-def stock(variant: str, reference: Segment, *, guidance: float) -> torch.Tensor:
+def stock(
+    transformer: CogVideoXTransformer3DModel,
+    reference: Segment,
+    *,
+    guidance: float,
+    scheduler: CogVideoXDDIMScheduler | None = None,
+) -> torch.Tensor:
     """What diffusers' pipeline gives for the same weights, prompts, image and noise."""
-    transformer = stock_model(variant)
     parts: dict[str, Any] = {
         "tokenizer": None,
         "text_encoder": None,
         "vae": None,
         "transformer": transformer,
-        "scheduler": CogVideoXDDIMScheduler.from_config(V.scheduler_config()),
+        "scheduler": scheduler or CogVideoXDDIMScheduler.from_config(V.scheduler_config()),
     }
     frames, channels, height, width = reference.latents.shape
     given: dict[str, Any] = {}
@@ -93,7 +101,7 @@ def stock(variant: str, reference: Segment, *, guidance: float) -> torch.Tensor:
     found: torch.Tensor = pipeline(
         **given,
         prompt_embeds=reference.prompt_embeds[None],
-        negative_prompt_embeds=EMPTY[None],
+        negative_prompt_embeds=EMPTY[None] if guidance > 1 else None,
         height=height * 8,
         width=width * 8,
         num_frames=(frames - 1) * 4 + 1,
@@ -111,7 +119,7 @@ def stock(variant: str, reference: Segment, *, guidance: float) -> torch.Tensor:
 def test_a_sample_is_what_the_stock_pipeline_draws(variant: str, guidance: float) -> None:
     reference, model = clips_for(variant)[0], packed_model(variant)
     assert (reference.image_latents is not None) == variant.endswith("i2v")
-    expected = stock(variant, reference, guidance=guidance)
+    expected = stock(stock_model(variant), reference, guidance=guidance)
     found = ours(model, model, reference, guidance=guidance)
     assert found.shape == reference.latents.shape
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
@@ -151,8 +159,22 @@ def one_rank() -> Iterator[World]:
         yield world
 
 
-def sampled(world: World) -> tuple[int, list[tuple[str, torch.Tensor]]]:
-    """Forward passes that this rank made, and its samples of three clips."""
+class Reader:
+    """Reads clips by their number, and notes which."""
+
+    def __init__(self) -> None:
+        self.opened: list[int] = []
+
+    def read(self, clips_: Sequence[Read]) -> Pack:
+        self.opened += [visit.row for _, visit in clips_]
+        return Pack(tuple(clips()[visit.row] for _, visit in clips_))
+
+    def prompt(self, clip: Read) -> torch.Tensor | None:
+        raise AssertionError("samples are of the clips' own captions")
+
+
+def sampled(world: World) -> tuple[int, list[int], list[torch.Tensor]]:
+    """Forward passes that this rank made, the clips that it read, and the samples of three."""
     model, calls = packed_model("5b"), 0
 
     def predict(inputs: PackedInputs) -> torch.Tensor:
@@ -160,42 +182,29 @@ def sampled(world: World) -> tuple[int, list[tuple[str, torch.Tensor]]]:
         calls += 1
         return model(inputs)
 
+    reader = Reader()
     samples = draw_samples(
         predict,
-        clips()[:3],
+        [(0, Visit(number, 0, 1, "")) for number in range(3)],
+        reader=reader,
         objective=V,
         layout=model.layout,
         config=ValidationConfig(sample_steps=STEPS),
         empty_prompt=EMPTY,
         world=world,
     )
-    return calls, [(sample.reference.key, sample.latents) for sample in samples]
+    return calls, reader.opened, samples
 
 
 def test_ranks_share_the_samples_and_make_as_many_forward_passes() -> None:
     with one_rank() as world:
-        calls, alone = sampled(world)
-    assert calls == 3 * STEPS
-    assert [key for key, _ in alone] == ["visit0", "visit1", "visit2"]
-    for calls, shared in on_two_ranks(sampled):
-        assert calls == 2 * STEPS
-        assert [key for key, _ in shared] == [key for key, _ in alone]
-        for (_, found), (_, expected) in zip(shared, alone, strict=True):
+        calls, opened, alone = sampled(world)
+    assert (calls, opened) == (3 * STEPS, [0, 1, 2])
+    assert [sample.shape for sample in alone] == [clip.latents.shape for clip in clips()[:3]]
+    for rank, (calls, opened, shared) in enumerate(on_two_ranks(sampled)):
+        assert (calls, opened) == (2 * STEPS, [[0, 2], [1, 2]][rank])
+        for found, expected in zip(shared, alone, strict=True):
             assert torch.equal(found, expected)
-
-
-def test_pictures_that_fail_are_told_and_stop_nothing(tmp_path: Path) -> None:
-    class Pictures:
-        def __init__(self, error: Exception | None) -> None:
-            self._error = error
-
-        def write(self, folder: Path, samples: Sequence[Sample]) -> None:
-            if self._error:
-                raise self._error
-
-    assert show(Pictures(None), tmp_path, []) == f"samples: {tmp_path}"
-    for error in (RunError("out of memory"), OSError("disk full")):
-        assert str(error) in show(Pictures(error), tmp_path, [])
 
 
 def test_the_prompt_that_is_guided_against_is_the_empty_one(tmp_path: Path, monkeypatch: Any) -> None:

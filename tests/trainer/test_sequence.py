@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from schemas.train_config import MeshConfig
+from schemas.load import check_config
+from schemas.train_config import MeshConfig, TrainConfig
+from tests.trainer.datasets import write_dataset
 from tests.trainer.gloo import on_ranks
 from tests.trainer.stock import clips_for, pack_inputs
+from trainer.architecture import architecture, data_shape
 from trainer.attention import within
+from trainer.catalog import Catalog
 from trainer.collate import PackedInputs
+from trainer.feed import feed
+from trainer.loader import Loader
+from trainer.objective import make_objective
 from trainer.parallel import World
 from trainer.probe import reference
 from trainer.sequence import TABLES_OF_THE_STREAM, PackedShare, SequenceParallel
 
 SPLIT_BY_HAND = {"video", "text", "order", "video_places", "positions", "learned_row"}
-WHOLE = {"timesteps", "cu_seqlens", "clip_seqlens", "clip_bounds", "text_seqlens"}
+WHOLE = {"timesteps", "cu_seqlens", "clip_seqlens", "text_seqlens"}
 WHOLE |= {"max_seqlen", "max_clip", "max_text", "video_lengths"}
 
 
@@ -104,6 +112,36 @@ def gathered(world: World, inputs: PackedInputs, target: torch.Tensor) -> tuple[
     whole = world.sp.gather(prediction, part)
     (gradient,) = torch.autograd.grad((whole - target).square().sum() / world.sp.size, prediction)
     return whole.detach(), part.video, gradient
+
+
+def fed(world: World, folder: Path) -> list[tuple[int, int, int]]:
+    """(tokens of this rank, of all ranks, of the loss) of each batch of two steps."""
+    config = check_config(
+        {
+            "dataset": str(folder),
+            "output": "none",
+            "model": {"num_attention_heads": 2, "attention_head_dim": 16},
+            "data": {"budget_tokens": 64, "slots": 2},
+            "stages": [{"name": "only", "steps": 2, "lr": {"peak": 1e-3}}],
+        },
+        TrainConfig,
+        where="test",
+    )
+    plan = architecture(config.model, data_shape(Catalog(folder)))
+    objective = make_objective(config.loss, plan.schedule)
+    with Loader(Catalog(folder), config=config) as loader:
+        steps = feed(loader, steps=range(2), plan=plan, objective=objective, world=world, ahead=True)
+        batches = [batch for data in steps for batch in data.batches]
+    shares = [batch.inputs for batch in batches]
+    assert all(isinstance(share, PackedShare) for share in shares)
+    return [(len(s.video), sum(s.video_lengths), len(b.target)) for s, b in zip(shares, batches, strict=True)]
+
+
+def test_the_feed_hands_out_shares(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "set")
+    for first, second in zip(*on_ranks(2, fed, tmp_path / "set", mesh=MeshConfig(sp=2)), strict=True):
+        assert first[0] + second[0] == first[1] == first[2] == second[2]
+        assert first[0] > 0 < second[0]
 
 
 def test_predictions_are_gathered_and_gradients_come_back() -> None:

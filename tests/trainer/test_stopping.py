@@ -58,6 +58,27 @@ def test_no_step_begins_in_the_margin_before_the_earlier_limit(
         assert state.reason == reason
 
 
+def test_no_step_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_700_000_000.0
+    monkeypatch.setattr("trainer.stopping.time.time", lambda: now)
+    with stopping(CheckpointConfig(time_limit_s=100.0, time_margin_s=30.0)) as state:
+        state.took(40.0)
+        for _ in range(19):
+            state.took(1.0)
+        now += 29.0
+        assert not state.told
+        now += 1.0
+        assert state.told
+        assert state.reason == "before checkpoint.time_limit_s"
+        state.took(1.0)  # the first step, which compiles, is forgotten
+        assert not state.told
+
+
+def test_a_limit_within_its_margin_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"time_limit_s = 60 leaves no time to train: .*time_margin_s, 60 s"):
+        CheckpointConfig(time_limit_s=60.0, time_margin_s=60.0)
+
+
 def test_without_a_limit_there_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SLURM_END, "not a number")
     with stopping(CheckpointConfig()) as state:
@@ -79,7 +100,7 @@ def test_another_thread_has_limits_but_no_signals() -> None:
     assert told == [True]
 
 
-STEPS = [{"name": "only", "steps": 5, "lr": {"peak": 3e-3, "warmup": 2}}]
+STEPS = [{"name": "only", "steps": 3, "lr": {"peak": 3e-3, "warmup": 2}}]
 SLOTS = {"budget_tokens": 64, "slots": 3}
 
 
@@ -90,7 +111,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of five steps on three ranks."""
+    """The output of three steps on three ranks."""
     output = tmp_path_factory.mktemp("undisturbed")
     on_ranks(3, run, config(dataset, output, stages=STEPS, data=SLOTS))
     return output
@@ -106,7 +127,7 @@ def test_a_time_limit_of_one_rank_ends_all_after_the_same_step_and_costs_nothing
     dataset: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     settings = config(dataset, tmp_path, stages=STEPS, data=SLOTS)
-    for step in range(1, 6):
+    for step in range(1, 4):
         on_ranks(3, run_to_a_limit, settings)
         assert find_checkpoint(tmp_path).step == step
         assert find_checkpoint(tmp_path).meta["stopped"]
@@ -119,8 +140,8 @@ def test_a_signal_to_one_of_three_ranks_costs_nothing(
     dataset: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     settings = config(dataset, tmp_path, stages=STEPS, data=SLOTS, checkpoint={"every": 9, "keep": 9})
-    on_ranks(3, run_and_stop, settings, 3)
-    assert [path.name for path in checkpoints_folder(tmp_path).glob("step-*")] == ["step-000003"]
+    on_ranks(3, run_and_stop, settings, 2)
+    assert [path.name for path in checkpoints_folder(tmp_path).glob("step-*")] == ["step-000002"]
     on_ranks(3, run, settings)
     assert losses(tmp_path) == losses(undisturbed)
     assert saved_bytes(tmp_path) == saved_bytes(undisturbed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from schemas.errors import ConfigError
 from tests.trainer.stock import CONFIGS, SDPA, packed_model, stock_model, tiny_architecture
-from trainer.architecture import WEIGHTS
+from tests.trainer.test_dit import Variant, dit_model
 from trainer.model import PackedModel, build_model
+from trainer.model_folder import WEIGHTS
 from trainer.weights import initial_values
 
 
@@ -70,6 +72,21 @@ def test_weights_that_are_not_what_the_config_says_are_refused(tmp_path: Path) -
         "proj_out.bias: expected (16,), found (3,)",
     ):
         assert part in str(caught.value)
+
+
+def test_random_weights_start_as_the_identity() -> None:
+    """Norms at 1; biases, and what adds to the stream through a gate, at 0; the rest by its inputs' width."""
+    values = whole(dit_model(Variant(text="cross", long_context="linear")), "random")
+    zero = r"(norm\w*\.linear|proj_out|cross\.to_out\.0)\.weight$|\.(bias|gate)$"
+    assert {name for name, value in values.items() if not value.any()} == {
+        name for name in values if re.search(zero, name)
+    }
+    for name, value in values.items():
+        if value.ndim == 1 and value.any():
+            assert "norm" in name
+            assert torch.equal(value, torch.ones_like(value)), name
+        elif value.any():
+            assert value.std().item() * value[0].numel() ** 0.5 == pytest.approx(1, rel=0.2), name
 
 
 def with_long_context() -> PackedModel:
