@@ -52,9 +52,9 @@ class ModelConfig(Settings):
     attention: Literal["auto", "flash_attn_3", "varlen", "flash_attn_2", "flex", "sdpa"] = "auto"
     """How packed attention is computed; `auto` takes the best that passes its probe here, and says why."""
     recompute: Literal["none", "attention", "feed_forward", "block"] = "none"
-    """What of each block is computed again in the backward pass instead of kept: less memory, more time. The
-    results of attention are kept in any case (but for `flex`), as nothing costs more to compute again: a block
-    then keeps its input and those, one value each per token and width."""
+    """What of each block is computed again in the backward pass instead of kept: less memory, more time.
+    The results of attention are kept in any case (but for `flex`), as nothing costs more to compute again: a
+    block then keeps its input and those, one value each per token and width."""
     compile: bool = False
     """Compile each block with torch.compile. With mesh.sp > 1 and recompute = "block" blocks run as they are:
     what ranks trade around attention cannot be traced inside what is recomputed."""
