@@ -33,7 +33,7 @@ def make_plan(
     order = DatasetOrder(np.arange(count), shards=shards, weight=Fraction(str(weight)), key=seed)
 
     def epoch(number: int) -> tuple[Visits, np.ndarray]:
-        assert number < 5000, "epochs go by and make no step"
+        assert number < 500, "epochs go by and make no step"
         visits = order.epoch(number)
         return visits, tokens[visits.rows]
 
