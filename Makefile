@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pipeline,train,bench,dev,s3,zarr]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[pipeline,train,bench,dev,s3,slurm,zarr]'
 	@touch $@
 
 demo: install  ## from clips to a trained step: about 5 minutes on 2 cores
