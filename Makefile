@@ -12,7 +12,7 @@ help:  ## this list
 
 install: $(STAMP)  ## make .venv with everything the demo, the tests and the benchmarks need
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "latentpress needs Python 3.11 or newer, but '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)."; \
 	  echo "Name another one: make install PYTHON=python3.12"; exit 1; }
