@@ -243,6 +243,7 @@ def test_an_interrupt_that_falls_into_a_destructor_is_not_lost() -> None:
             TakenDown()
             time.sleep(30)
 
+    before = signal.getsignal(signal.SIGTERM)  # Ray leaves one of its own in a process it ran in
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
