@@ -26,15 +26,13 @@ from trainer.architecture import architecture, data_shape
 from trainer.batch import prepare
 from trainer.checkpoint import find_checkpoint, locked
 from trainer.export import export
-from trainer.loader import Loader
-from trainer.loop import train
+from trainer.loop import attention_route, open_loader, train
 from trainer.losses import batch_loss
 from trainer.metrics import read_records
 from trainer.mixture import Mixture
 from trainer.model import build_model
 from trainer.objective import make_objective
 from trainer.parallel import World
-from trainer.probe import choose_attention
 from trainer.sharding import ReadSlice, fill, parallelize, predict
 from trainer.stage_check import check_stages, run_architecture
 from trainer.validate import validate
@@ -86,13 +84,7 @@ def check(config: TrainConfig, *, world: World) -> list[Finding]:
 
         model_config = config.model.model_copy(update={"init": str(exported), "revision": ""})
         plan = architecture(model_config, data)
-        attention = choose_attention(
-            config.model.attention,
-            device=world.device,
-            dtype=getattr(torch, config.precision.param),
-            heads=plan.config["num_attention_heads"],
-            head_dim=plan.config["attention_head_dim"],
-        )
+        attention = attention_route(once, plan, world)
         with torch.device("meta"):
             model = build_model(plan, attention)
         read = initial_values(str(exported), model, seed=config.seed)
@@ -101,15 +93,7 @@ def check(config: TrainConfig, *, world: World) -> list[Finding]:
         parallelize(model, world=world, precision=config.precision)
         fill(model, read, device=world.device)
         objective = make_objective(config.loss, plan.schedule)
-        loader = Loader(
-            mixture,
-            config=once,
-            patch_t=plan.layout.patch_t,
-            images=plan.layout.image,
-            local_frames=plan.layout.local_frames,
-            text=plan.layout.text,
-        )
-        with loader, torch.no_grad():
+        with open_loader(once, mixture, plan=plan, world=world) as loader, torch.no_grad():
             after, nothing, weights = 0.0, 0.0, loader.step_weights(0)
             for pack in loader.packs(0):
                 batch = prepare(pack, objective=objective, layout=model.layout).to(world.device)

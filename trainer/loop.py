@@ -22,6 +22,7 @@ from schemas.errors import ConfigError, DatasetError, RunError
 from schemas.train_config import StageConfig, TrainConfig
 from trainer import checkpoint
 from trainer.architecture import Architecture, data_shape
+from trainer.attention import Attention
 from trainer.checkpoint import Saved
 from trainer.curriculum import budget_of, slots_of, stage_at, total_steps
 from trainer.feed import feed
@@ -90,17 +91,7 @@ def train(config: TrainConfig, *, world: World, pictures: Pictures | None = None
         world.on_main(lambda: check_stages(config, plan, data, step=step))
         objective = make_objective(config.loss, plan.schedule)
         plan = replace(plan, schedule=objective.schedule)  # with the objective in it, for export
-        loader = held.enter_context(
-            Loader(
-                mixture,
-                config=config,
-                patch_t=plan.layout.patch_t,
-                images=plan.layout.image,
-                local_frames=plan.layout.local_frames,
-                text=plan.layout.text,
-                shares={stage.name: share(stage, config, world) for stage in config.stages},
-            )
-        )
+        loader = held.enter_context(open_loader(config, mixture, plan=plan, world=world))
         same_plan(loader, world)
         check_clips(loader.latent_shapes(), plan.layout)
         tell(mixture, loader, world)
@@ -136,6 +127,19 @@ def start(config: TrainConfig, mixture: Mixture, held: ExitStack) -> Saved | Non
     """Hold the output; where to go on."""
     held.enter_context(checkpoint.locked(Path(config.output)))
     return resume_point(config, [catalog.card for catalog in mixture.catalogs])
+
+
+def open_loader(config: TrainConfig, mixture: Mixture, *, plan: Architecture, world: World) -> Loader:
+    """This rank's loader for a model of `plan`."""
+    return Loader(
+        mixture,
+        config=config,
+        patch_t=plan.layout.patch_t,
+        images=plan.layout.image,
+        local_frames=plan.layout.local_frames,
+        text=plan.layout.text,
+        shares={stage.name: share(stage, config, world) for stage in config.stages},
+    )
 
 
 def same_plan(loader: Loader, world: World) -> None:
@@ -294,13 +298,7 @@ def build(
     gc.collect()  # FSDP's modules hold one another: those of the stage before would stay beside this one's
     torch.cuda.empty_cache()
     config, plan = run.config, run.plan
-    attention = choose_attention(
-        config.model.attention,
-        device=world.device,
-        dtype=getattr(torch, config.precision.param),
-        heads=plan.config["num_attention_heads"] // (world.shape.sp * world.shape.tp),
-        head_dim=plan.config["attention_head_dim"],
-    )
+    attention = attention_route(config, plan, world)
     with torch.device("meta"):
         model = build_model(plan, attention)
         if stage.lora:
@@ -331,6 +329,17 @@ def build(
         for line in load_weights(saved, model, seed=config.seed):
             world.say(f"  {line}")
     return model, optimizer
+
+
+def attention_route(config: TrainConfig, plan: Architecture, world: World) -> Attention:
+    """The route for the heads of `plan` that one rank computes, probed here."""
+    return choose_attention(
+        config.model.attention,
+        device=world.device,
+        dtype=getattr(torch, config.precision.param),
+        heads=plan.config["num_attention_heads"] // (world.shape.sp * world.shape.tp),
+        head_dim=plan.config["attention_head_dim"],
+    )
 
 
 def share(stage: StageConfig, config: TrainConfig, world: World) -> tuple[int, int]:

@@ -66,7 +66,7 @@ class StepRecord:
     """Before clipping."""
     lr: float
     tokens: int
-    """Video and prompt tokens of the step, all ranks."""
+    """Of the step's streams, all ranks: video and prompt, where the model has prompts in its stream."""
     tokens_per_s: float
     fill: float
     """Share of the token budget used."""
