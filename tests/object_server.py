@@ -6,9 +6,12 @@ import io
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -24,8 +27,29 @@ _CODES = {
 Start = Callable[..., Any]
 
 
+@contextmanager
+def serving(bucket: str, *, secret: str = "secret", attempts: int = 2) -> Iterator[ObjectServer]:
+    """A server with one empty bucket, which everything that opens `s3://` meanwhile asks."""
+    s3fs = pytest.importorskip("s3fs")
+    server = ObjectServer()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", server.url)
+            patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            patch.setenv("AWS_MAX_ATTEMPTS", str(attempts))
+            s3fs.S3FileSystem.clear_instance_cache()
+            s3fs.S3FileSystem().mkdir(bucket)
+            yield server
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.close()
+
+
 class ObjectServer:
-    """Serves until closed; `faults` are dealt to the next requests that match, in order."""
+    """Empty at first, and alone in its process, for what moto holds is global. Serves until closed; `faults`
+    are dealt to the next requests that match, in order."""
 
     def __init__(self) -> None:
         self._app = DomainDispatcherApplication(create_backend_app)
@@ -38,6 +62,8 @@ class ObjectServer:
         self.requests: list[tuple[str, str]] = []
         """(method, path) of everything asked."""
         self._thread.start()
+        urllib.request.urlopen(f"{self.url}/moto-api/reset", data=b"").close()
+        self.requests.clear()
 
     def deal(self, fault: Fault, *, method: str = "PUT", path: str = "", times: int = 1) -> None:
         """The next `times` requests with `method` whose path matches `path` meet `fault`."""

@@ -446,19 +446,12 @@ def test_a_server_that_only_listens_is_left(monkeypatch: pytest.MonkeyPatch) -> 
         assert time.monotonic() - started < 10
 
 
-def test_an_object_of_s3_is_fetched_from_an_allowed_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_of_s3_is_fetched_from_an_allowed_bucket() -> None:
     s3fs = pytest.importorskip("s3fs")
-    from tests.object_server import ObjectServer
+    from tests.object_server import serving
 
-    server = ObjectServer()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    try:
+    with serving("videos", attempts=1) as server:
         store = s3fs.S3FileSystem()
-        store.mkdir("videos")
         store.pipe("videos/a.mp4", b"a" * 1000)
         url = "s3://videos/a.mp4"
         get = Fetcher(SourcesConfig(schemes=("s3",), hosts=("videos",)), LimitsConfig(max_bytes=1000))
@@ -474,6 +467,3 @@ def test_an_object_of_s3_is_fetched_from_an_allowed_bucket(monkeypatch: pytest.M
         store.pipe("videos/a.mp4", b"b")
         with pytest.raises(OSError, match=r"500|Internal|max retries|made up"):
             get.local(url)
-    finally:
-        s3fs.S3FileSystem.clear_instance_cache()
-        server.close()

@@ -24,7 +24,7 @@ from schemas.errors import ConfigError, DatasetError, RunError
 from schemas.index import read_index, read_tensor
 from schemas.load import check_config
 from schemas.store import is_remote, location
-from tests.object_server import Fault, ObjectServer
+from tests.object_server import Fault, ObjectServer, serving
 from tests.pipeline.fake import ask, finish, make_dataset, make_rows, write_unit
 from tests.videos import make_video
 
@@ -34,18 +34,8 @@ BUCKET = "bucket"
 
 @pytest.fixture(scope="module")
 def running_server() -> Iterator[ObjectServer]:
-    s3fs = pytest.importorskip("s3fs")
-    server = ObjectServer()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", server.url)
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "2")
-        s3fs.S3FileSystem().mkdir(BUCKET)
+    with serving(BUCKET, secret=SECRET) as server:
         yield server
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.close()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 from schemas import patience
 from schemas.codec import checksum
 from schemas.errors import ConfigError, DatasetError
-from tests.object_server import ObjectServer
+from tests.object_server import ObjectServer, serving
 from tests.trainer.datasets import write_dataset
 from trainer.cache import Cache
 from trainer.catalog import Catalog
@@ -31,18 +31,8 @@ BUCKET = "bucket"
 
 @pytest.fixture(scope="module")
 def running_server() -> Iterator[ObjectServer]:
-    s3fs = pytest.importorskip("s3fs")
-    server = ObjectServer()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", server.url)
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "2")
-        s3fs.S3FileSystem().mkdir(BUCKET)
+    with serving(BUCKET) as server:
         yield server
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.close()
 
 
 @pytest.fixture(scope="module")
