@@ -7,6 +7,7 @@ Ray Train starts one process per GPU, makes their process group and watches over
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroup
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.train import run_config, to_do, train_here
+from pipeline.ray_join import own_handler
 from schemas.errors import EXIT_DONE, LatentpressError, RunError
 from schemas.train_config import TrainConfig
 
@@ -67,9 +69,12 @@ def fit(config: TrainConfig, *, workers: int) -> None:
         run_config=RunConfig(storage_path=str(Path(config.output).resolve()), name="ray"),
     )
     try:
-        trainer.fit()
+        with own_handler(signal.SIGINT):
+            trainer.fit()
     except TrainingFailedError as error:
         raise _cause(error) from error
+    except SystemExit as error:  # how Ray ends on Ctrl-C, once its workers are gone: as if all was done
+        raise KeyboardInterrupt from error
 
 
 def _cause(error: TrainingFailedError) -> LatentpressError:

@@ -47,7 +47,7 @@ def connect(config: PreprocessConfig, *, cpus: int) -> Any:
     except ImportError:
         raise MissingExtraError("ray", "pipeline") from None
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with _own_sigterm():
+    with own_handler(signal.SIGTERM):
         if settings.address:
             _join(ray, settings.address)
         else:
@@ -107,16 +107,16 @@ def first_sentence(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep what SIGTERM does here: `ray.init` sets a handler of its own."""
+def own_handler(number: signal.Signals) -> Iterator[None]:
+    """Keep what this signal does here: Ray sets handlers of its own, and leaves them set."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 def answers(address: tuple[str, int]) -> bool:

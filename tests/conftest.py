@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -31,6 +33,16 @@ def clips_dir() -> Path:
     if not (folder / "manifest.jsonl").is_file():
         pytest.skip(f"no manifest.jsonl in {folder}; set LATENTPRESS_CLIPS to the folder of shared clips")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_does_what_it_did() -> Iterator[None]:
+    """A library's handler that a test left behind is that test's failure, not one of a later test."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    after = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    assert after == before
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
