@@ -1,8 +1,7 @@
 """`latentpress inspect`: one sample as a picture, source frames over what its latents decode to.
 
-In: a dataset folder and (optionally) a sample. Out: a PNG and a JSON-able description. The source is
-decoded again, sandboxed, with the settings in the dataset's card, so the two rows differ by the encoder
-alone; where the file is gone or another one, the latents are drawn without it.
+In: a dataset folder and (optionally) a sample. Out: a PNG and a JSON-able description, of what
+`jobs.looking` saw.
 """
 
 from __future__ import annotations
@@ -13,15 +12,13 @@ from typing import Any
 import numpy as np
 
 from jobs.console import print_json
-from jobs.sheet import Sheet, draw_sheet
-from pipeline.fidelity import Redecoder, card_encoder, decode, frame_psnr
+from jobs.looking import Looker
+from jobs.sheet import draw_sheet
 from schemas.adoption import adoption_notes
-from schemas.card import Card, read_card
-from schemas.codec import as_float32
+from schemas.card import read_card
 from schemas.config import LimitsConfig, PreprocessConfig, SourcesConfig
-from schemas.dataset import Dataset
 from schemas.errors import EXIT_DONE, DatasetError
-from schemas.index import read_index, read_quarantine, read_tensor
+from schemas.index import read_index, read_quarantine
 from schemas.load import load_config
 
 _LISTED = 5
@@ -69,39 +66,27 @@ def inspect_sample(
     """
     card, (limits, sources) = read_card(dataset), rules_of(config)
     row = choose_sample(dataset, sample)
-    clip = _clip_record(dataset, row)
-    latents = read_tensor(dataset, row, card.latent_tensors[0])
-    encoder = card_encoder(dataset, card, vae=vae)
-    decoded = decode(encoder, as_float32(latents), tiled=card.is_tiled(row["bucket"]))
-    with Redecoder(card, limits=limits, sources=sources) as redecoder:
-        found = redecoder.frames(row)
-    if not isinstance(found, str) and found.shape != decoded.shape:
-        found = f"source now gives frames {found.shape}, the latents {decoded.shape}"
-    source, notes = (None, [found]) if isinstance(found, str) else (found, [])
-    notes += adoption_notes(dataset)
-    psnr = [] if source is None else frame_psnr(source, decoded)
-    output = Path(output or f"inspect-{row['sample_id'][:12]}.png")
-    sheet = Sheet(
-        title=row["source"],
-        score=f"PSNR {np.mean(psnr):.1f} dB, worst frame {min(psnr):.1f} dB" if psnr else "",
-        details=" · ".join([*_facts(row, clip, card), *notes, *clip["notes"]]),
-        caption=row["caption"],
-        times=_times(clip),
-        scores=[f"{value:.1f} dB" for value in psnr],
-        decoded=decoded,
-        source=source,
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(sheet, columns=columns).save(output)
+    with Looker(dataset, card, limits=limits, sources=sources, vae=vae) as looker:
+        look = looker.look(row)
+        notes = [*look.notes, *adoption_notes(dataset)]
+        output = Path(output or f"inspect-{row['sample_id'][:12]}.png")
+        sheet = look.sheet(
+            title=row["source"],
+            details=" · ".join([*look.facts, *notes, *look.clip["notes"]]),
+            caption=row["caption"],
+        )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draw_sheet(sheet, columns=columns).save(output)
+    psnr = look.psnr
     return {
         "sample_id": row["sample_id"],
         "source": row["source"],
         "caption": row["caption"],
-        "shape": list(latents.shape),
-        "dtype": latents.dtype,
+        "shape": list(row["shape"]),
+        "dtype": row["dtype"],
         "bucket": row["bucket"],
         "psnr": {"mean": float(np.mean(psnr)), "min": min(psnr), "per_frame": psnr} if psnr else None,
-        "clip": clip,
+        "clip": look.clip,
         "notes": notes,
         "png": str(output),
     }
@@ -149,46 +134,3 @@ def _names(row: dict[str, Any]) -> tuple[str, ...]:
     """What a person may call a row's video."""
     source = Path(row["source"])
     return (row["source"], row.get("path", ""), source.name, source.stem)
-
-
-def _clip_record(dataset: str | Path, row: dict[str, Any]) -> dict[str, Any]:
-    """How the clip was decoded, from the commit record of its unit."""
-    commit = Dataset(dataset).commit("latents", row["unit"])
-    for sample in commit.samples if commit else ():
-        if sample.key == row["sample_id"]:
-            clip: dict[str, Any] = sample.meta["clip"]
-            return clip
-    raise DatasetError(
-        f"unit {row['unit']} has no commit record of sample {row['sample_id']}; "
-        f"run `latentpress verify {dataset}`"
-    )
-
-
-# ------------------------------------------------------------------------------- its words
-
-
-def _facts(row: dict[str, Any], clip: dict[str, Any], card: Card) -> list[str]:
-    stored = [
-        f"{row['dtype']} latents {'x'.join(map(str, row['shape']))}",
-        f"sample {row['sample_id'][:12]}",
-    ]
-    frames, resize = card.settings.frames, card.settings.resize
-    if frames is None or resize is None:
-        return [f"imported from {card.imported_from}", row["bucket"], *stored]
-    turned = f" rotated {clip['rotation']}°" if clip["rotation"] else ""
-    synthetic = {name: len(clip[name]) for name in ("interpolated", "duplicated", "repaired")}
-    return [
-        f"{clip['codec']} in {clip['container'].split(',')[0]}",
-        f"{clip['source_width']}x{clip['source_height']}{turned}, {clip['source_fps']:.4g} fps, "
-        f"{clip['duration_s']:.2f} s",
-        f"{row['bucket']} {resize.mode}",
-        f"{frames.policy} at {clip['effective_fps']:.3g} frames/s over {clip['coverage']:.0%} of the clip",
-        *(f"{count} frames {name}" for name, count in synthetic.items() if count),
-        *stored,
-    ]
-
-
-def _times(clip: dict[str, Any]) -> list[str]:
-    """Source seconds per frame, and what is not a picture of the source."""
-    marks = {i: name for name in ("duplicated", "interpolated", "repaired") for i in clip[name]}
-    return [f"{seconds:.2f} s {marks.get(i, '')}".rstrip() for i, seconds in enumerate(clip["pts_s"])]

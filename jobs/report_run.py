@@ -1,13 +1,11 @@
 """`latentpress report RUN`: a run's folder in; one HTML page that needs nothing else, and its numbers, out.
 
 Everything is drawn from metrics.jsonl, config.toml, checkpoints and samples, so it can be made while the run
-goes on, after it, or on another machine from a copy. Pictures lie inside the page, which costs a third more
-bytes than beside it and makes it one file to send.
+goes on, after it, or on another machine from a copy.
 """
 
 from __future__ import annotations
 
-import base64
 import itertools
 import statistics
 import tomllib
@@ -15,26 +13,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
-
-from jobs.console import console, duration, print_json, table
+from jobs.console import console, count_of, duration, print_json, table
+from jobs.report_page import PAGE_NAME, inline, inline_plots, percent, render
 from jobs.run_plots import Records, run_plots
 from schemas.errors import EXIT_DONE, ConfigError
 from trainer.checkpoint import all_complete, checkpoints_folder
 from trainer.metrics import read_records
 
-PAGE_NAME = "report.html"
 _SHEETS = 4
 """Newest sample sheets that are shown."""
 
 
 def report_run(run: Path, *, output: Path | None, as_json: bool) -> int:
     """Write the page of a run (`output`, or report.html inside it); returns the exit code."""
-    if (run / "card.json").exists():
-        raise ConfigError(
-            f"{run} is a dataset, and this draws training runs: expected the output folder of `latentpress "
-            "train`; `latentpress verify` and `inspect` look at datasets"
-        )
     records = read_records(run / "metrics.jsonl", kind=None)
     steps = _of(records, "step")
     if not steps:
@@ -50,7 +41,9 @@ def report_run(run: Path, *, output: Path | None, as_json: bool) -> int:
         "checkpoints": _checkpoints(run),
     }
     plots = run_plots(steps, _of(records, "validation"), _of(records, "save"))
-    page.write_text(render(numbers, plots, config=text, sheets=_sheets(run)), encoding="utf-8")
+    sheets = [(path.parent.name, path.name, inline(path.read_bytes(), "image/png")) for path in _sheets(run)]
+    made = render("report_run.html", run=numbers, plots=inline_plots(plots), config=text, sheets=sheets)
+    page.write_text(made, encoding="utf-8")
     if as_json:
         print_json(numbers | {"page": str(page)})
     else:
@@ -82,18 +75,6 @@ def summarize(records: Records, *, settings: dict[str, Any]) -> dict[str, Any]:
         "validation": _plain(validations[-1]) if validations else None,
         "events": list(_events(records)),
     }
-
-
-def render(numbers: dict[str, Any], plots: dict[str, str], *, config: str, sheets: Sequence[Path]) -> str:
-    """The page."""
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-    environment.filters |= {"duration": duration, "percent": _percent, "count": _count, "number": _number}
-    shown = [(title, _inline(svg.encode(), "image/svg+xml")) for title, svg in plots.items()]
-    pictures = [
-        (str(path.parent.name), path.name, _inline(path.read_bytes(), "image/png")) for path in sheets
-    ]
-    template = environment.get_template("report_run.html")
-    return template.render(run=numbers, plots=shown, config=config, sheets=pictures)
 
 
 def _stage(name: str, steps: Records) -> dict[str, Any]:
@@ -138,8 +119,9 @@ def _events(records: Records) -> Iterator[dict[str, Any]]:
     for record in records:
         if record["kind"] == "start":
             what = "started" if record["step"] == 0 else f"resumed after step {record['step']}"
-            again = f", {record['repeated_steps']} steps done again" if record["repeated_steps"] else ""
-            yield {"step": record["step"], "what": f"{what} at {record['date']}{again}"}
+            again = [f"{count_of(n, 'step')} done again"] if (n := record["repeated_steps"]) else []
+            told = [f"{what} at {record['date']}", *again, *record.get("changes", ())]
+            yield {"step": record["step"], "what": "; ".join(told)}
         if record["kind"] != "step":
             continue
         if record["stage"] != stage:
@@ -180,9 +162,9 @@ def _show(numbers: dict[str, Any]) -> None:
             duration(stage["training_s"]),
             f"{stage['first_loss']:.4f} -> {stage['last_loss']:.4f}",
             f"{stage['tokens_per_s']:,.0f}",
-            _percent(stage["mfu"]),
-            _percent(stage["fill"]),
-            _percent(stage["data_wait"]),
+            percent(stage["mfu"]),
+            percent(stage["fill"]),
+            percent(stage["data_wait"]),
             f"{stage['memory_gb']:.1f}",
         )
     console.print(rows)
@@ -206,24 +188,3 @@ def _mean(values: Sequence[float]) -> float:
 
 def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.{1 if value >= 0.01 else 2}f} %"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _count(value: float) -> str:
-    """Such as 950, 12.3 k, 4.56 M."""
-    for unit in ("", " k", " M", " G"):
-        if value < 1000:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g} T"
-
-
-def _inline(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

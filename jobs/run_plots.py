@@ -6,23 +6,21 @@ values, so that a single spike still shows.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from jobs.svg import BLUE, COLORS, RED, new_axes, svg
 from trainer.metrics import DURATIONS, running_mean
 
 Records = Sequence[Mapping[str, Any]]
 
 _POINTS = 600
-_BLUE, _RED, _GREEN = "#2f6db0", "#c4552d", "#3d8a5a"
-_COLORS = (_BLUE, _RED, _GREEN, "#8a63b0", "#b08a2f", "#5f6b78")
+_STEPS = "optimizer step"
 
 
 def run_plots(steps: Records, validations: Records, saves: Records) -> dict[str, str]:
@@ -45,16 +43,14 @@ def run_plots(steps: Records, validations: Records, saves: Records) -> dict[str,
 
 
 def _loss(steps: Records, validations: Records) -> str:
-    axes = _axes("loss")
-    _draw(axes, _points(steps, "loss"), _BLUE, label="training")
+    axes = new_axes(_STEPS, "loss")
+    _draw(axes, _points(steps, "loss"), BLUE, label="training")
     shown = _points(validations, "loss")
     if shown:
-        axes.plot(
-            *zip(*shown, strict=True), "o-", color=_RED, markersize=4, linewidth=1.2, label="validation"
-        )
+        axes.plot(*zip(*shown, strict=True), "o-", color=RED, markersize=4, linewidth=1.2, label="validation")
     if probe := _points(validations, "shuffled_loss"):
         label = "validation, captions exchanged"
-        axes.plot(*zip(*probe, strict=True), "o:", color=_RED, alpha=0.6, markersize=3, label=label)
+        axes.plot(*zip(*probe, strict=True), "o:", color=RED, alpha=0.6, markersize=3, label=label)
     axes.set_ylim(bottom=0)
     if shown:
         axes.legend(frameon=False)
@@ -69,8 +65,8 @@ def _by_duration(steps: Records) -> str:
     found = {name: points for name, points in found.items() if points}
     if len(found) < 2:
         return ""
-    axes = _axes("mean error of the clips")
-    for (name, points), color in zip(found.items(), _COLORS, strict=False):
+    axes = new_axes(_STEPS, "mean error of the clips")
+    for (name, points), color in zip(found.items(), COLORS, strict=False):
         _draw(axes, points, color, label=name.replace("-", " to ").replace("s", " s"), span=False)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, ncols=2)
@@ -90,8 +86,8 @@ def _curve(
     points = _points(steps, name)
     if not points or not any(value for _, value in points):
         return ""
-    axes = _axes(label)
-    _draw(axes, points, _BLUE, smooth=smooth)
+    axes = new_axes(_STEPS, label)
+    _draw(axes, points, BLUE, smooth=smooth)
     if log and min(value for _, value in points) > 0:
         axes.set_yscale("log")
     if zero:
@@ -109,9 +105,9 @@ def _saves(saves: Records, steps: Records) -> str:
     points = _points(saves, "blocked_s")
     if not points:
         return ""
-    axes = _axes("seconds of standstill")
-    axes.vlines([step for step, _ in points], 0, [value for _, value in points], color=_BLUE, linewidth=1)
-    axes.plot(*zip(*points, strict=True), "o", color=_BLUE, markersize=4)
+    axes = new_axes(_STEPS, "seconds of standstill")
+    axes.vlines([step for step, _ in points], 0, [value for _, value in points], color=BLUE, linewidth=1)
+    axes.plot(*zip(*points, strict=True), "o", color=BLUE, markersize=4)
     axes.set_ylim(bottom=0)
     return _svg(axes, steps)
 
@@ -151,16 +147,6 @@ def _draw(
     axes.plot(steps, running_mean(means, window), color=color, linewidth=1.6, label=label or None)
 
 
-def _axes(label: str) -> Axes:
-    figure = Figure(figsize=(5.6, 2.7), layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    return axes
-
-
 def _svg(axes: Axes, records: Records) -> str:
     """The document, over the steps of `records`, with a line where a stage ends."""
     axes.set_xlim(records[0]["step"] - 1, records[-1]["step"] + 1)
@@ -168,8 +154,4 @@ def _svg(axes: Axes, records: Records) -> str:
     for before, record in itertools.pairwise(records):
         if before["stage"] != record["stage"]:
             axes.axvline((before["step"] + record["step"]) / 2, color="0.6", linestyle="--", linewidth=0.8)
-    text = io.StringIO()
-    figure = axes.get_figure()
-    assert isinstance(figure, Figure)
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
+    return svg(axes)

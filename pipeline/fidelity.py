@@ -11,14 +11,14 @@ F pixel frames, T latent frames, C channels, H, W pixels (frames) or latent cell
 from __future__ import annotations
 
 import hashlib
-import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.fetch import Fetcher
 from pipeline.progress import say
@@ -33,7 +33,7 @@ from schemas.codec import as_float32
 from schemas.config import LimitsConfig, SourcesConfig
 from schemas.errors import ClipError, ConfigError, DatasetError, RunError, StaleDatasetError
 from schemas.history import positions
-from schemas.index import read_index, read_tensor
+from schemas.index import index_rows, open_index, read_tensor
 from schemas.scaling import scale
 from schemas.store import is_url
 
@@ -196,19 +196,20 @@ def decode(encoder: VideoEncoder, latents: np.ndarray, *, tiled: bool) -> np.nda
     )
 
 
-def choose_samples(dataset: str | Path, card: Card, count: int) -> list[dict[str, Any]]:
+def choose_samples(
+    dataset: str | Path, card: Card, count: int, *, also: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Index rows of `count` samples (all where there are fewer): the same ones every time, and as good as
-    drawn by lot."""
+    drawn by lot. Of columns what `compare` and `Redecoder` need, and `also`."""
+    file = open_index(dataset)
+    ids = file.read(columns=["sample_id"])["sample_id"]
+    unique = pc.unique(ids)
+    # An id is a hash, so its digits are the lot; the key makes it another one under another fingerprint.
+    digits = pc.utf8_slice_codeunits(unique, 0, 8).to_numpy(zero_copy_only=False).astype("S8").view(">u8")
+    key = int(hashlib.sha256(card.fingerprint.encode()).hexdigest()[:16], 16)
+    chosen = unique.take(pa.array(np.argsort(digits ^ np.uint64(key), kind="stable")[:count]))
     names = [f"{card.latent_tensors[0]}_{field}" for field in ("offset", "nbytes", "checksum")]
-    table = read_index(dataset, columns=[*_NEEDED, *names])
-
-    def lot(key: str) -> bytes:
-        return hashlib.sha256(f"{card.fingerprint}/{key}".encode()).digest()
-
-    chosen = heapq.nsmallest(count, set(table["sample_id"].to_pylist()), lot)
-    found = positions(pa.chunked_array([pa.array(chosen, pa.string())]), among=table["sample_id"])
-    rows: list[dict[str, Any]] = table.take(found).to_pylist()
-    return rows
+    return index_rows(file, positions(chosen, among=ids), columns=[*_NEEDED, *names, *also])
 
 
 def compare(

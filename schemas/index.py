@@ -7,11 +7,13 @@ rebuilt at any time; commits stay the only truth.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from schemas.card import Card, read_card
 from schemas.codec import Tensor, checksum, tensor_from
@@ -20,7 +22,7 @@ from schemas.errors import DatasetError
 from schemas.history import TEXT
 from schemas.sample import EMPTY_PROMPT_UNIT, Family, SampleRecord, TensorRecord, UnitCommit
 from schemas.store import location
-from schemas.tables import read_sealed
+from schemas.tables import open_sealed, read_sealed
 
 _REMEDY = "delete it and run preprocess again"
 
@@ -98,17 +100,39 @@ PROMPT_COLUMNS: list[tuple[str, pa.DataType]] = [
 
 def read_index(dataset: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
     """`index.parquet`; DatasetError with what to do where there is none, or its seal does not match."""
-    return _read_table(Dataset(dataset).index_path, dataset, columns)
+    return _there(Dataset(dataset).index_path, dataset, lambda path: _read(path, columns))
+
+
+def open_index(dataset: str | Path) -> pq.ParquetFile:
+    """`index.parquet`, to be read block by block; errors as of `read_index`."""
+    return _there(Dataset(dataset).index_path, dataset, lambda path: open_sealed(path, remedy=_REMEDY))
+
+
+def index_rows(file: pq.ParquetFile, numbers: np.ndarray, *, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of an open index with these numbers, in their order; reads only row groups that hold one."""
+    ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+    groups = np.searchsorted(ends, numbers, "right")
+    rows: dict[int, dict[str, Any]] = {}
+    for group in np.unique(groups).tolist():
+        here = numbers[groups == group]
+        table = file.read_row_group(group, columns=list(columns))
+        found = table.take(here - (ends[group] - table.num_rows)).to_pylist()
+        rows |= dict(zip(here.tolist(), found, strict=True))
+    return [rows[number] for number in numbers.tolist()]
 
 
 def read_quarantine(dataset: str | Path, *, columns: Sequence[str] | None = None) -> pa.Table:
     """`quarantine.parquet`; errors as of `read_index`."""
-    return _read_table(Dataset(dataset).quarantine_path, dataset, columns)
+    return _there(Dataset(dataset).quarantine_path, dataset, lambda path: _read(path, columns))
 
 
-def _read_table(path: Path, dataset: str | Path, columns: Sequence[str] | None) -> pa.Table:
+def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    return read_sealed(path, columns=columns, remedy=_REMEDY)
+
+
+def _there(path: Path, dataset: str | Path, read: Callable[[Path], Any]) -> Any:
     try:
-        return read_sealed(path, columns=columns, remedy=_REMEDY)
+        return read(path)
     except FileNotFoundError:
         raise DatasetError(
             f"{dataset} has no {path.name}; run `latentpress preprocess` with its config again to rebuild it"

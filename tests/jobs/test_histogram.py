@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,3 +45,24 @@ def test_common_values_are_themselves() -> None:
 def test_a_million_values_cost_no_more_than_a_thousand() -> None:
     histogram = filled([1.001**i for i in range(5000)])
     assert len(histogram._bins) < 600
+
+
+def test_an_array_at_once_is_the_same_as_its_values_one_by_one() -> None:
+    values = np.concatenate([np.random.default_rng(0).lognormal(1, 2, 1000), np.zeros(7)])
+    one_by_one, at_once = filled(values.tolist()), Histogram()
+    for part in np.split(values, [0, 10, 600]):
+        at_once.add_all(part)
+    assert at_once.count == one_by_one.count == 1007
+    assert at_once.spread() == pytest.approx(one_by_one.spread())
+    assert at_once.bars(30) == one_by_one.bars(30)
+
+
+def test_bars_hold_every_value_above_zero_in_its_place() -> None:
+    values = [0.0, 1.0, 1.0, 24.0, 25.0, 60.0]
+    edges, counts = filled(values).bars(20)
+    assert len(counts) == len(edges) - 1 <= 20
+    assert sum(counts) == 5
+    assert edges[0] <= 1 <= edges[1]
+    assert edges[-2] <= 60 <= edges[-1]
+    assert counts[0] == 2
+    assert Histogram().bars(20) == ([], [])

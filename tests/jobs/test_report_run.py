@@ -49,7 +49,8 @@ def run(tmp_path: Path) -> Path:
     ]
     records += [step(number, "short") for number in range(1, 11)]
     records.append({"kind": "save", "step": 10, "stage": "short", "blocked_s": 0.5, "background": True})
-    records.append({"kind": "start", "step": 10, "repeated_steps": 4, "date": "2030-01-02T00:00:00+00:00"})
+    resumed = {"kind": "start", "step": 10, "repeated_steps": 4, "date": "2030-01-02T00:00:00+00:00"}
+    records.append(resumed | {"changes": ["stages.1.lr.peak: 0.001 -> 0.01"]})
     later = {"loss_by_duration": {"0-3s": 0.2, "3-9s": 0.4}, "mfu": 0.4}
     records += [step(number, "long", **later, unreadable=int(number > 15)) for number in range(11, 21)]
     records.append(
@@ -85,7 +86,7 @@ def test_the_numbers_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found["saves"]["share"] == pytest.approx(0.5 / 40.5)
     assert [event["step"] for event in found["events"]] == [0, 1, 10, 11, 16]
     assert "resumed after step 10" in found["events"][2]["what"]
-    assert "4 steps done again" in found["events"][2]["what"]
+    assert found["events"][2]["what"].endswith("; 4 steps done again; stages.1.lr.peak: 0.001 -> 0.01")
     assert "1 unreadable" in found["events"][4]["what"]
 
 
@@ -101,6 +102,7 @@ def test_the_page_has_it_all_inside(run: Path) -> None:
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     for title in ("Loss by clip duration", "Gradient norm", "Model FLOPs utilization", "Saves"):
         assert f"<figcaption>{title}</figcaption>" in page
+    assert "stages.1.lr.peak: 0.001 -&gt; 0.01</td>" in page
     for number in ("0.375", "0.125", "0.0625", "name = &#34;long&#34;"):
         assert number in page
 
@@ -134,12 +136,6 @@ def test_folders_that_a_person_kept_are_no_steps(run: Path, capsys: pytest.Captu
     shutil.copytree(run / "samples" / "step-20", run / "samples" / "step-20-keep")
     report_run(run, output=None, as_json=True)
     assert json.loads(capsys.readouterr().out)["checkpoints"] == [{"step": 20, "bytes": 3}]
-
-
-def test_a_dataset_is_told_from_a_run(tmp_path: Path) -> None:
-    (tmp_path / "card.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is a dataset, and this draws training runs"):
-        report_run(tmp_path, output=None, as_json=False)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
