@@ -4,7 +4,9 @@ In: a latent dataset. Out: the seconds of an epoch for each route, medians of in
 page cache. The ceiling is one `preadv` a tensor into one buffer and nothing else. "stored" is what the peers
 do too: tensors as they are stored; ours in training order, and held against their checksums in the warm-up,
 once a run. "segments" are what training gets: float32, scaled, looked through for NaN, drawn from the
-posterior where the dataset holds moments. Trade-off: a page cache that holds every copy is assumed.
+posterior where the dataset holds moments. A peer stores tensors as its documentation does, and is what the
+goal is held against; "raw bytes" is the best that its format can do. Trade-off: a page cache that holds every
+copy is assumed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,9 @@ from trainer.visit import Visit
 CEILING, STORED, SEGMENTS = "bare preadv", "ours, stored", "ours, segments"
 PEERS = tuple(loader_peers.PEERS)
 GOAL_CEILING, GOAL_PEER = 0.8, 2.5
-"""Of the ceiling, and of the fastest peer; ours as stored, 0 workers."""
+"""Of the ceiling, and of the fastest peer with its own codec; ours as stored, 0 workers."""
+CODECS = {"own": "", "raw": ", raw bytes"}
+"""What `loader_peers` calls a way to store tensors, and what its routes are called after their peer."""
 
 
 _INSTALLED = "installed"
@@ -93,18 +98,19 @@ def measure(
             if python is None:
                 missing[name] = "not installed"
                 continue
-            for count in workers:
-                tell(f"{name}, {count} workers: writing its shards")
+            for (codec, suffix), count in product(CODECS.items(), workers):
+                called = name + suffix
+                tell(f"{called}, {count} workers: writing its shards")
                 try:
-                    peer = Peer(python, name, samples=samples, folder=work / name, workers=count)
+                    peer = Peer(python, name, codec, samples=samples, work=work, workers=count)
                     held.callback(peer.close)
                     peer.epoch()
                 except RunError as error:
-                    missing[f"{name}, {count} workers"] = str(error)
+                    missing[f"{called}, {count} workers"] = str(error)
                     continue
                 versions[name] = peer.version
                 first = routes[0]
-                routes.append(Route(name, count, peer.epoch, first.samples, first.nbytes, first.tokens))
+                routes.append(Route(called, count, peer.epoch, first.samples, first.nbytes, first.tokens))
         for route in routes:
             tell(f"{route.name}, {route.workers} workers: warm-up")
             route.epoch()
@@ -124,14 +130,18 @@ def measure(
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Ours as stored with 0 workers, relative to the ceiling and to the fastest peer with 0 workers."""
+    """Ours as stored, relative to the ceiling and to the fastest peer with each codec; all with 0 workers."""
     rates = {row["route"]: row["gb_per_s"] for row in rows if row["workers"] == 0}
-    peers = {name: rates[name] for name in PEERS if name in rates}
-    best = max(peers, key=peers.__getitem__, default=None)
+    best = {
+        codec: max(
+            (name + suffix for name in PEERS if name + suffix in rates), key=rates.__getitem__, default=None
+        )
+        for codec, suffix in CODECS.items()
+    }
     return {
         "of_ceiling": rates[STORED] / rates[CEILING],
         "best_peer": best,
-        "of_best_peer": rates[STORED] / peers[best] if best else None,
+        "of_best_peer": {codec: rates[STORED] / rates[name] for codec, name in best.items() if name},
     }
 
 
@@ -227,13 +237,15 @@ def places(dataset: Path) -> list[dict[str, tuple[str, int, int, list[int]]]]:
 class Peer:
     """A peer at work in a process of its own environment."""
 
-    def __init__(self, python: Path, name: str, *, samples: Path, folder: Path, workers: int) -> None:
+    def __init__(
+        self, python: Path, name: str, codec: str, *, samples: Path, work: Path, workers: int
+    ) -> None:
         """Has it write its shards, unless they are there; RunError with its last words where it fails."""
-        script = Path(loader_peers.__file__)
-        self._errors = folder.with_name(f"{name}-{workers}.log")
+        script, folder = Path(loader_peers.__file__), work / f"{name}-{codec}"
+        self._errors = work / f"{name}-{codec}-{workers}.log"
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
-                [python, script, name, samples, folder, str(workers)],
+                [python, script, name, codec, samples, folder, str(workers)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -1,11 +1,13 @@
 """One peer of `bench loader`, run by the Python of its own environment: samples in, seconds of an epoch out.
 
-    python loader_peers.py PEER SAMPLES.json FOLDER WORKERS
+    python loader_peers.py PEER CODEC SAMPLES.json FOLDER WORKERS
 
 Writes the samples of SAMPLES.json (a list of {name: [file, offset, bytes, shape]}) to FOLDER in the peer's
 own format, unless they are there. Then a line of JSON answers every line on stdin: it has gone through all
-samples once. Every peer gives bfloat16 tensors as they are stored, in the order in which it reads fastest.
-The trade-off: raw bytes are its codec, which flatters it. Imports nothing of this project.
+samples once. Every peer gives bfloat16 tensors, in the order in which it reads fastest. CODEC "own" stores
+them as its documentation stores tensors; "raw" stores bare bytes, made into tensors of known shapes here: the
+least that it can do. The trade-off: NumPy knows no bfloat16, so some get 16-bit integers, viewed as what they
+are when read. Imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ SHARD_BYTES = 64 * 2**20
 
 
 def main() -> None:
-    peer, samples_path, folder, workers = sys.argv[1:]
+    peer, codec, samples_path, folder, workers = sys.argv[1:]
     samples: Samples = json.loads(Path(samples_path).read_text(encoding="utf-8"))
-    opened = PEERS[peer](samples, Path(folder), int(workers))
+    opened = PEERS[peer](samples, Path(folder), int(workers), codec == "raw")
     print(json.dumps({"version": version(peer), "torch": torch.__version__}), flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
@@ -53,62 +55,74 @@ def look_at(tensor: torch.Tensor) -> None:
 Epoch = Callable[[], Iterable[dict[str, torch.Tensor]]]
 
 
-def of_webdataset(samples: Samples, folder: Path, workers: int) -> Epoch:
+def of_webdataset(samples: Samples, folder: Path, workers: int, raw: bool) -> Epoch:
+    """Own: .pth, which is torch.save's."""
     import webdataset
 
+    stored, suffix = (payload, "bin") if raw else (tensor_of, "pth")
     if not folder.exists():
         folder.mkdir(parents=True)
         with webdataset.ShardWriter(str(folder / "%06d.tar"), maxsize=SHARD_BYTES, verbose=0) as writer:
             for i, sample in enumerate(samples):
-                data = {f"{name}.bin": payload(place) for name, place in sample.items()}
+                data = {f"{name}.{suffix}": stored(place) for name, place in sample.items()}
                 writer.write({"__key__": f"{i:08d}", **data})
     shards = sorted(map(str, folder.glob("*.tar")))
     shapes = {f"{i:08d}": shapes_of(sample) for i, sample in enumerate(samples)}
 
     def tensors(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
         known = shapes[sample["__key__"]]
-        return {name: as_tensor(sample[f"{name}.bin"], shape) for name, shape in known.items()}
+        data = {name: sample[f"{name}.{suffix}"] for name in known}
+        return {name: as_tensor(data[name], shape) for name, shape in known.items()} if raw else data
 
-    return again(webdataset.WebDataset(shards, shardshuffle=False).map(tensors), workers)
+    dataset = webdataset.WebDataset(shards, shardshuffle=False)
+    return again((dataset if raw else dataset.decode()).map(tensors), workers)
 
 
-def of_litdata(samples: Samples, folder: Path, workers: int) -> Epoch:
+def of_litdata(samples: Samples, folder: Path, workers: int, raw: bool) -> Epoch:
+    """Own: tensors. They come, as bytes do, as views of a mapped file: unread but for what is looked at."""
     import litdata
 
     if not folder.exists():
         writing = {"chunk_bytes": SHARD_BYTES, "num_workers": 1, "keep_data_ordered": True}
         indices = list(range(len(samples)))
         with quiet():
-            litdata.optimize(Stored(samples), indices, output_dir=str(folder), verbose=False, **writing)
+            litdata.optimize(Stored(samples, raw), indices, output_dir=str(folder), verbose=False, **writing)
 
     def tensors(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
         shapes = shapes_of(samples[sample["number"]])
-        return {name: as_tensor(sample[name], shape) for name, shape in shapes.items()}
+        if raw:
+            return {name: as_tensor(sample[name], shape) for name, shape in shapes.items()}
+        return {name: sample[name].view(torch.bfloat16) for name in shapes}
 
-    # In the worker: its bytes are a view of a mapped file, which cannot be sent to another process.
+    # In the worker: a view of a mapped file cannot be sent to another process.
     dataset = litdata.StreamingDataset(str(folder), shuffle=False, transform=tensors)
     return again(dataset, workers, litdata.StreamingDataLoader)
 
 
-def of_streaming(samples: Samples, folder: Path, workers: int) -> Epoch:
+def of_streaming(samples: Samples, folder: Path, workers: int, raw: bool) -> Epoch:
+    """Own: ndarray; it refuses pickles unless told that they are safe."""
     import streaming
 
     if not folder.exists():
-        columns = dict.fromkeys(samples[0], "bytes") | {"shapes": "json"}
+        columns = dict.fromkeys(samples[0], "bytes" if raw else "ndarray:uint16") | {"shapes": "json"}
         with streaming.MDSWriter(out=str(folder), columns=columns, size_limit=SHARD_BYTES) as writer:
             for sample in samples:
-                data = {name: payload(place) for name, place in sample.items()}
+                data = {
+                    name: payload(place) if raw else tensor_of(place).view(torch.uint16).numpy()
+                    for name, place in sample.items()
+                }
                 writer.write({**data, "shapes": shapes_of(sample)})
-    dataset = streaming.StreamingDataset(local=str(folder), batch_size=1, shuffle=False)
 
-    def tensors(sample: dict[str, Any]) -> dict[str, torch.Tensor]:
-        return {name: as_tensor(sample[name], shape) for name, shape in sample["shapes"].items()}
+    class Tensors(streaming.StreamingDataset):  # type: ignore[misc]
+        def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
+            sample = super().__getitem__(at)
+            # An ndarray as it came: its bytes cannot be written to either, see `as_tensor`.
+            return {name: as_tensor(sample[name], shape) for name, shape in sample["shapes"].items()}
 
-    samples_again = again(dataset, workers)
-    return lambda: map(tensors, samples_again())
+    return again(Tensors(local=str(folder), batch_size=1, shuffle=False), workers)
 
 
-PEERS: dict[str, Callable[[Samples, Path, int], Epoch]] = {
+PEERS: dict[str, Callable[[Samples, Path, int, bool], Epoch]] = {
     "webdataset": of_webdataset,
     "litdata": of_litdata,
     "mosaicml-streaming": of_streaming,
@@ -136,14 +150,18 @@ def only(samples: list[Any]) -> Any:
 
 
 class Stored:
-    """Samples as bytes, by number; a class, since litdata hands it to other processes."""
+    """Samples as litdata stores them, by number; a class, since it goes to other processes."""
 
-    def __init__(self, samples: Samples) -> None:
-        self._samples = samples
+    def __init__(self, samples: Samples, raw: bool) -> None:
+        self._samples, self._raw = samples, raw
 
     def __call__(self, number: int) -> dict[str, Any]:
         sample = self._samples[number]
-        return {name: payload(place) for name, place in sample.items()} | {"number": number}
+        data = {
+            name: payload(place) if self._raw else tensor_of(place).view(torch.int16)
+            for name, place in sample.items()
+        }
+        return {**data, "number": number}
 
 
 def payload(place: tuple[str, int, int, list[int]]) -> bytes:
@@ -152,7 +170,12 @@ def payload(place: tuple[str, int, int, list[int]]) -> bytes:
         return os.pread(file.fileno(), nbytes, offset)
 
 
-def as_tensor(data: bytes, shape: list[int]) -> torch.Tensor:
+def tensor_of(place: tuple[str, int, int, list[int]]) -> torch.Tensor:
+    return as_tensor(payload(place), place[3])
+
+
+def as_tensor(data: Any, shape: list[int]) -> torch.Tensor:
+    """`data`: bytes, or anything that shows them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that bytes cannot be written to
         return torch.frombuffer(data, dtype=torch.bfloat16).view(shape)

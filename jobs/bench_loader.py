@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.loader import (
     CEILING,
+    CODECS,
     GOAL_CEILING,
     GOAL_PEER,
     PEERS,
@@ -93,10 +94,13 @@ def _print(report: dict[str, Any]) -> None:
         )
     console.print(rows)
     console.print(f"{STORED}, 0 workers: {_mark(report['of_ceiling'], GOAL_CEILING)} of the bare read")
-    if report["best_peer"]:
+    ratios, best = report["of_best_peer"], report["best_peer"]
+    if "own" in ratios:
         console.print(
-            f"  and {_mark(report['of_best_peer'], GOAL_PEER)} times the best peer, {report['best_peer']}"
+            f"  and {_mark(ratios['own'], GOAL_PEER)} times the best peer that stores tensors, {best['own']}"
         )
+    if "raw" in ratios:
+        console.print(f"  and {ratios['raw']:.2f} times {best['raw']}")
     for name, why in report["missing"].items():
         remedy = f"; install it: {INSTALL}" if name in PEERS else ""
         console.print(f"{name} is not in the comparison: {why}{remedy}")
@@ -112,7 +116,8 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     routes = report["routes"]
-    known = dict.fromkeys(PEERS, "#9aa5b1") | {CEILING: "#333333"}
+    peers = [name + suffix for name in PEERS for suffix in CODECS.values()]
+    known = dict.fromkeys(peers, "#9aa5b1") | {CEILING: "#333333"}
     colors = [known.get(row["route"], "#2f7d4f") for row in routes]
     figure = Figure(figsize=(8.0, 1.2 + 0.32 * len(routes)), layout="constrained", dpi=120)
     axes = figure.subplots()

@@ -58,20 +58,24 @@ def test_every_route_is_measured_and_absent_peers_are_named(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.usefixtures("small")
-def test_a_peer_reads_the_very_tensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", loader.CODECS)
+def test_a_peer_reads_the_very_tensors(tmp_path: Path, codec: str) -> None:
     """webdataset, which the tests have anyway, in a process of this environment."""
     pytest.importorskip("webdataset")
     dataset = made_up.write_dataset(tmp_path / "latents", clips=3)
     samples = loader.places(dataset)
     (tmp_path / "samples.json").write_text(json.dumps(samples))
-    folder = tmp_path / "webdataset"
+    python = Path(sys.executable)
     peer = loader.Peer(
-        Path(sys.executable), "webdataset", samples=tmp_path / "samples.json", folder=folder, workers=0
+        python, "webdataset", codec, samples=tmp_path / "samples.json", work=tmp_path, workers=0
     )
     assert peer.epoch() > 0
     assert peer.version
     peer.close()
-    opened = loader_peers.of_webdataset(json.loads((tmp_path / "samples.json").read_text()), folder, 0)
+    folder = tmp_path / f"webdataset-{codec}"
+    opened = loader_peers.of_webdataset(
+        json.loads((tmp_path / "samples.json").read_text()), folder, 0, codec == "raw"
+    )
     found = list(opened())
     catalog = Catalog(dataset)
     assert len(found) == len(catalog) == 3
@@ -90,20 +94,23 @@ def test_a_peer_that_fails_says_why(tmp_path: Path) -> None:
         loader.Peer(
             Path(sys.executable),
             "nobody",
+            "raw",
             samples=tmp_path / "samples.json",
-            folder=tmp_path / "nobody",
+            work=tmp_path,
             workers=0,
         )
 
 
 def test_goals_hold_the_stored_route_against_ceiling_and_best_peer() -> None:
     rates = {loader.CEILING: 4.0, loader.STORED: 3.6, "webdataset": 0.5, "litdata": 1.2}
+    rates |= {"webdataset, raw bytes": 1.8}
     rows = [{"route": name, "workers": 0, "gb_per_s": rate} for name, rate in rates.items()]
     rows += [{"route": "litdata", "workers": 2, "gb_per_s": 100.0}]
-    assert loader.goals(rows) == pytest.approx(
-        {"of_ceiling": 0.9, "best_peer": "litdata", "of_best_peer": 3.0}
-    )
-    assert loader.goals(rows[:2])["best_peer"] is None
+    found = loader.goals(rows)
+    assert found["best_peer"] == {"own": "litdata", "raw": "webdataset, raw bytes"}
+    assert found["of_best_peer"] == pytest.approx({"own": 3.0, "raw": 2.0})
+    assert found["of_ceiling"] == pytest.approx(0.9)
+    assert loader.goals(rows[:2])["of_best_peer"] == {}
 
 
 def test_a_place_for_results_that_is_not_there_is_said_first(home: Path, tmp_path: Path) -> None:
