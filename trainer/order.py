@@ -18,10 +18,11 @@ import pyarrow.compute as pc
 import torch
 
 ROUNDS = 6
-"""Feistel rounds; four already mix large ranges, six also make tiny ones (a dozen clips) uniform."""
+"""Feistel rounds: four mix large ranges, six make all orders of a few clips about as likely as each other."""
 
 _HASH = 0x9E3779B97F4A7C15
-"""Any number will do, so long as it stays: the split of what is held out hangs on it."""
+"""Any number will do, so long as it stays: all orders and the split of what is held out hang on it."""
+_WORD = 2**64 - 1
 
 GROUP_SHARDS = 16
 """Shards whose samples are mixed with each other: files open at once against shuffle quality."""
@@ -61,18 +62,24 @@ def keyed_shares(hashes: np.ndarray, *, turns: np.ndarray | int = 0, key: int) -
 
 def permutation(size: int, *, key: int) -> np.ndarray:
     """int64 [size]: every number below `size` once, in an order fixed by `key`."""
-    half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
-    mask = np.uint64((1 << int(half)) - 1)
-    values = np.arange(size, dtype=np.uint64)
-    outside = np.ones(size, bool)
+    if size < 2:
+        return np.arange(size)
+    half = ((size - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    # A round looks at half of the bits only: what it makes of each is a short table, so that neither an epoch
+    # of a dozen clips nor one of a million takes long.
+    keys = np.array([[(key + turn * _HASH) & _WORD] for turn in range(ROUNDS)], np.uint64)
+    tables = (_mix(np.arange(1 << half, dtype=np.uint64), keys) & np.uint64(mask)).astype(np.int64)
+    values = np.arange(size)
+    outside = values
     # A Feistel network permutes [0, 4**half); following it until it re-enters [0, size) permutes that.
-    while outside.any():
+    while len(outside):
         left, right = values[outside] >> half, values[outside] & mask
-        for turn in range(ROUNDS):
-            left, right = right, (left ^ _mix(right, key + turn * 0x9E3779B97F4A7C15)) & mask
+        for table in tables:
+            left, right = right, left ^ table[right]
         values[outside] = (left << half) | right
-        outside = values >= np.uint64(size)
-    return values.astype(np.int64)
+        outside = np.flatnonzero(values >= size)
+    return values
 
 
 def keyed_order(shard_sizes: Sequence[int], *, key: int, group_shards: int = GROUP_SHARDS) -> np.ndarray:
@@ -92,9 +99,9 @@ def keyed_order(shard_sizes: Sequence[int], *, key: int, group_shards: int = GRO
     return np.concatenate(groups) if groups else np.empty(0, np.int64)
 
 
-def _mix(values: np.ndarray, key: int) -> np.ndarray:
+def _mix(values: np.ndarray, key: int | np.ndarray) -> np.ndarray:
     """splitmix64's finaliser, with the round key added; wraps modulo 2**64 as it should."""
-    mixed = values + np.uint64(key & (2**64 - 1))
+    mixed = values + (np.uint64(key & _WORD) if isinstance(key, int) else key)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mixed ^ (mixed >> np.uint64(31))

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schemas.codec import checksum
 from trainer.order import hash_strings, key_of, keyed_generator, keyed_order, keyed_shares, permutation
 
 keys = st.integers(0, 2**64 - 1)
@@ -20,6 +21,26 @@ keys = st.integers(0, 2**64 - 1)
 @given(size=st.integers(0, 3000), key=keys)
 def test_permutation_holds_every_number_once(size: int, key: int) -> None:
     assert sorted(permutation(size, key=key)) == list(range(size))
+
+
+def test_orders_stay_as_they_were() -> None:
+    """Others would be other steps, in the middle of a run too: then PLAN_VERSION has to be raised."""
+    key = key_of("pinned")
+    assert permutation(12, key=key).tolist() == [1, 0, 5, 4, 7, 8, 3, 11, 6, 9, 2, 10]
+    assert checksum(permutation(1000, key=key).astype("<i8").tobytes()) == "crc32:a72d989a"
+    assert keyed_order([3, 1, 2, 4, 1], key=key, group_shards=2).tolist() == [
+        1,
+        2,
+        0,
+        3,
+        10,
+        6,
+        7,
+        9,
+        8,
+        5,
+        4,
+    ]
 
 
 @settings(deadline=None)
