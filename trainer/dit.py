@@ -40,6 +40,7 @@ class PackedDiT(ModelMixin, ConfigMixin):  # type: ignore[misc]  # as all models
     """
 
     layout: Layout
+    route: str
     attention: AttentionFunction
     cross_attention: CrossAttentionFunction
     context_attention: AttentionFunction

@@ -2,7 +2,8 @@
 
 `y = W x + scale * B (A x)` (https://arxiv.org/abs/2106.09685), with B = 0 at first. A layer keeps its own
 names and gains `lora_A.weight` [rank, in] and `lora_B.weight` [out, rank], which is how diffusers and peft
-call them. Merged they are one matrix again: `W + scale * B A`.
+call them. Merged they are one matrix again: `W + scale * B A`. Where ranks share W, its output's rows are B's
+and its input's columns are A's; the other of the two is whole on every rank, and multiplied there again.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import re
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial
 
 from schemas.errors import ConfigError
 from schemas.train_config import LoraConfig
@@ -31,8 +34,20 @@ class LoraLinear(nn.Linear):
     lora_scale: float
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        added: torch.Tensor = self.lora_B(self.lora_A(input))
-        return super().forward(input) + added * self.lora_scale
+        out = super().forward(input)
+        x, a, b = (_local(value) for value in (input, self.lora_A.weight, self.lora_B.weight))
+        added = F.linear(F.linear(x, a), b) * self.lora_scale
+        if isinstance(out, DTensor):
+            # Cut or summed up over ranks as the layer's own is: the adapter adds nothing to what they trade.
+            added = DTensor.from_local(added, out.device_mesh, out.placements, run_check=False)
+        return out + added
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    """This rank's part. Of what every rank has whole, each has a part of the gradient."""
+    if not isinstance(value, DTensor):
+        return value
+    return value.to_local(grad_placements=[Partial() if p.is_replicate() else p for p in value.placements])
 
 
 def lora_scale(lora: LoraConfig) -> float:

@@ -81,6 +81,7 @@ class PackedCogVideoX(CogVideoXTransformer3DModel):
     """CogVideoXTransformer3DModel on packs; make it with `build_model`."""
 
     layout: Layout
+    route: str
     attention: AttentionFunction
     context_attention: AttentionFunction
 
@@ -125,6 +126,7 @@ def build_model(architecture: Architecture, attention: Attention) -> PackedModel
     except (ArithmeticError, RuntimeError, ValueError) as error:
         raise ConfigError(f"the model's config cannot be built: {error}") from error
     model.layout = layout = architecture.layout
+    model.route = attention.name
     model.attention = attention.function
     model.context_attention = linear_attention
     linear = architecture.long_context == "linear"

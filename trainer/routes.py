@@ -164,6 +164,9 @@ def compile_strictly() -> None:
     config.recompile_limit = max(config.recompile_limit, 32)  # packs differ in sizes; training and validation
 
 
+BREAKING = ("flex", "sdpa")
+"""Routes with parts that torch.compile leaves as they are."""
+
 ROUTES: dict[str, Callable[[], CrossAttentionFunction]] = {
     "flash_attn_3": _load_flash_attn_3,
     "varlen": _load_varlen,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -32,7 +32,7 @@ from schemas.errors import ConfigError
 from schemas.train_config import PrecisionConfig
 from trainer.collate import PackedInputs
 from trainer.parallel import World
-from trainer.routes import compile_strictly
+from trainer.routes import BREAKING, compile_strictly
 from trainer.sequence import PackedShare
 
 Slices = tuple[slice, ...]
@@ -50,10 +50,35 @@ KEPT = {
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "flash_attn::_flash_attn_varlen_forward",
     "flash_attn_3::_flash_attn_forward",
+    "flash_attn_3::fwd",  # the same, as older releases call it
     "torch_attn::_varlen_attn",
 }
 """What is kept of what is recomputed: the results of attention, [L, E] a block, whose cost alone grows with
 the square of a clip's length. Compiled flex attention has no name that torch could know: it is recomputed."""
+
+
+class Columns(ColwiseParallel):
+    """A linear layer by its outputs, with what its adapter has of them (B)."""
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        if name != "lora_A":
+            _shard(module, ("weight", "bias"), 0, device_mesh)
+
+
+class Rows(RowwiseParallel):
+    """A linear layer by its inputs, with what its adapter has of them (A)."""
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        if name != "lora_B":
+            _shard(module, ("weight",), 1, device_mesh)
+
+
+def _shard(module: nn.Module, names: tuple[str, ...], dim: int, mesh: DeviceMesh) -> None:
+    """Cut a module's own parameters; `distribute_module` makes the others whole on every rank."""
+    for name in names:
+        if (parameter := getattr(module, name)) is not None:
+            cut = distribute_tensor(parameter.data, mesh, [Shard(dim)])
+            module.register_parameter(name, nn.Parameter(cut, requires_grad=parameter.requires_grad))
 
 
 class HeadNorm(ParallelStyle):
@@ -73,11 +98,14 @@ class HeadNorm(ParallelStyle):
 
 
 STYLES: tuple[tuple[str, type[ParallelStyle]], ...] = (
-    (r"\.to_[qkv]$", ColwiseParallel),
+    (r"\.to_[qkv]$", Columns),
     (r"\.norm_[qk]$", HeadNorm),
-    (r"\.to_out\.0$", RowwiseParallel),
-    (r"^ff\.net\.0\.proj$", ColwiseParallel),
-    (r"^ff\.net\.2$", RowwiseParallel),
+    (r"\.to_out\.0$", Rows),
+    (r"^long_context\.(query|key|value)$", Columns),
+    (r"^long_context\.norm_out$", HeadNorm),
+    (r"^long_context\.out$", Rows),
+    (r"^ff\.net\.0\.proj$", Columns),
+    (r"^ff\.net\.2$", Rows),
 )
 """How the modules of a block are cut, by their names in it. Modulation layers are not: a column-wise cut
 would part shifts from scales."""
@@ -94,7 +122,8 @@ def parallelize(
     """Make a meta-device model one of `world`; ConfigError where the mesh does not fit it.
 
     The order matters: matrices are cut while they are whole, what is recomputed is part of what is compiled,
-    and FSDP gathers around it all.
+    and FSDP gathers around it all. Where the compiler must break off around attention (`_breaks`), compiled
+    parts are in what is recomputed instead: it goes on after a break, but not within one recomputation.
     """
     blocks = cast(Sequence[nn.Module], model.transformer_blocks)
     check_mesh(model, sp=world.shape.sp, tp=world.shape.tp)
@@ -103,7 +132,13 @@ def parallelize(
             _cut(block, world.tp_mesh)
     if world.sp is not None:
         _share_packs(model, world)
+    breaks = compile and recompute in ("attention", "block") and _breaks(model, world)
     for block in blocks:
+        if compile:
+            compile_strictly()
+        if breaks:
+            for part in ("attend", "feed"):
+                setattr(block, part, torch.compile(getattr(block, part)))
         if recompute != "none":
             part = PARTS[recompute]
             # Nothing in a block is random, and a copy of the generators' states would wait for the device.
@@ -115,8 +150,7 @@ def parallelize(
                 context_fn=functools.partial(create_selective_checkpoint_contexts, _keep),
             )
             setattr(block, part, recomputed)
-        if compile:
-            compile_strictly()
+        if compile and not breaks:
             block.forward = torch.compile(block.forward)
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, precision.param),
@@ -133,22 +167,26 @@ def parallelize(
             module.set_gradient_divide_factor(1.0)
 
 
+def _breaks(model: nn.Module, world: World) -> bool:
+    """Whether attention has parts that the compiler leaves as they are.
+
+    Those are loops over segments, masks, and what ranks trade: they must trade in one order, which kernels
+    compiled on each rank by itself do not promise.
+    """
+    return world.sp is not None or model.route in BREAKING
+
+
 def _keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """For torch's selective checkpointing: whether an operation's result is kept."""
     return CheckpointPolicy.MUST_SAVE if operation.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def check_mesh(model: nn.Module, *, sp: int, tp: int) -> None:
-    """ConfigError where heads do not divide by what shares them, or `tp` would cut layers that it cannot."""
+    """ConfigError where heads do not divide by what shares them."""
     layout: Any = model.layout
-    heads, blocks = layout.width // layout.head_dim, cast(nn.Module, model.transformer_blocks)
+    heads = layout.width // layout.head_dim
     if heads % (sp * tp):
         raise ConfigError(f"mesh.sp = {sp} times mesh.tp = {tp} must divide the model's {heads} heads")
-    for part, what in (("lora", "LoRA adapters (lora)"), ("long_context", "model.long_context")):
-        if tp > 1 and any(part in name for name, _ in blocks.named_parameters()):
-            raise ConfigError(
-                f"mesh.tp: {what} cannot be cut over ranks; set mesh.tp = 1, and use dp_shard or sp"
-            )
 
 
 def _cut(block: nn.Module, mesh: DeviceMesh) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.distributed import distributed_c10d
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from schemas.errors import ConfigError
-from schemas.train_config import LrConfig, MeshConfig, OptimConfig, PrecisionConfig
+from schemas.train_config import LoraConfig, LrConfig, MeshConfig, OptimConfig, PrecisionConfig
 from tests.trainer.gloo import on_ranks
 from tests.trainer.stock import SDPA, clips, tiny_architecture
 from tests.trainer.test_parallel import Values, alone, assert_same, whole
@@ -25,7 +27,8 @@ from trainer.architecture import Architecture
 from trainer.attention import Attention, within
 from trainer.collate import PackedInputs, collate
 from trainer.dit import PackedDiT
-from trainer.model import build_model
+from trainer.lora import add_adapters
+from trainer.model import PackedModel, build_model
 from trainer.optim import make_optimizer
 from trainer.parallel import World
 from trainer.sharding import (
@@ -53,10 +56,13 @@ class Course:
 
 
 def four_heads(kind: str) -> Architecture:
-    """A tiny model whose heads four ranks can share: a CogVideoX, or a DiT with cross attention."""
+    """A tiny model whose heads four ranks can share: a CogVideoX, or a DiT with cross attention.
+
+    What follows "with" is there too: long context, adapters.
+    """
     tiny = tiny_architecture("5b")
     config = tiny.config | {"num_attention_heads": 4}
-    if kind == "cogvideox":
+    if kind.startswith("cogvideox"):
         return replace(tiny, config=config)
     own = inspect.signature(PackedDiT).parameters
     config = {name: value for name, value in config.items() if name in own}
@@ -66,9 +72,27 @@ def four_heads(kind: str) -> Architecture:
         kind="dit",
         config=config,
         local_frames=2,
-        long_context="linear" if kind == "dit with long context" else "none",
+        long_context="linear" if "long context" in kind else "none",
     )
 
+
+def model_of(kind: str, attention: Attention = SDPA) -> PackedModel:
+    """The model on the meta device. Beside adapters only the norms of heads and long context are trained."""
+    with torch.device("meta"):
+        model = build_model(four_heads(kind), attention)
+        if "adapters" in kind:
+            add_adapters(model, LORA)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(bool(re.search(r"\.lora_|\.norm_q\.|\.long_context\.", name)))
+    return model
+
+
+LORA = LoraConfig(
+    targets=("to_[qkv]", r"to_out\.0", r"net\.0\.proj", r"net\.2", r"norm1\.linear", "text_proj|linear_2"),
+    rank=3,
+    alpha=6.0,
+)
+"""Beside layers cut by their outputs, by their inputs and not at all."""
 
 PACKS = ([0, 1], [2], [3, 1, 0], [2, 3])
 """Clips of each pack of a step."""
@@ -100,8 +124,7 @@ def course(
     """Train a tiny model for some steps on the packs of `PACKS`, as the loop does."""
     world = world.under(mesh) if mesh else world
     architecture = four_heads(kind)
-    with torch.device("meta"):
-        model = build_model(architecture, SDPA)
+    model = model_of(kind)
 
     def read(name: str, slices: Slices) -> torch.Tensor:
         generator = torch.Generator().manual_seed(len(name) * 1000 + sum(map(ord, name)))
@@ -126,13 +149,23 @@ def course(
             loss += share.item()
         losses += world.sum([loss])
         if not step:
-            gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters()}
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            gradients = {name: whole(p.grad).clone() for name, p in trained.items()}
         norms.append(clip_grad_norm(model.parameters(), max_norm=5.0))
         for group in optimizer.param_groups:
             group["lr"] = 0.005
         optimizer.step()
         optimizer.zero_grad()
     return Course(losses, norms, gradients, {name: whole(p) for name, p in model.named_parameters()})
+
+
+KINDS = (
+    "cogvideox",
+    "dit",
+    "dit with long context",
+    "cogvideox with adapters",
+    "dit with long context, adapters",
+)
 
 
 def assert_same_course(found: Course, expected: Course) -> None:
@@ -146,7 +179,7 @@ def assert_same_course(found: Course, expected: Course) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, Course]:
-    return {kind: alone(course, kind) for kind in ("cogvideox", "dit", "dit with long context")}
+    return {kind: alone(course, kind) for kind in KINDS}
 
 
 def mesh(**degrees: int) -> MeshConfig:
@@ -177,10 +210,17 @@ def test_training_is_the_same_under_every_mesh(
 
 @pytest.mark.parametrize(
     ("kind", "ranks", "degrees"),
-    [("dit with long context", 4, mesh(dp_shard=2, sp=2)), ("dit", 2, mesh(tp=2))],
+    [
+        ("dit with long context", 4, mesh(dp_shard=2, sp=2)),
+        ("dit with long context", 2, mesh(tp=2)),
+        ("dit", 2, mesh(tp=2)),
+        ("cogvideox with adapters", 4, mesh(dp_shard=2, tp=2)),
+        ("cogvideox with adapters", 4, mesh(dp_replicate=2, tp=2)),
+        ("dit with long context, adapters", 4, mesh(sp=2, tp=2)),
+    ],
     ids=str,
 )
-def test_every_kind_of_attention_is_shared(
+def test_every_kind_of_layer_is_shared(
     one_rank: dict[str, Course], kind: str, ranks: int, degrees: MeshConfig
 ) -> None:
     for found in on_ranks(ranks, course, kind, mesh=degrees):
@@ -266,6 +306,11 @@ class Attended(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """So that there is something compiled under it."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func.name() in KEPT
         return func(*args, **(kwargs or {}))
@@ -293,15 +338,29 @@ def test_compiled_blocks_change_nothing(
     assert_same_course(alone(course, "cogvideox", recompute, True), one_rank["cogvideox"])
 
 
-def compiled_course(world: World, recompute: Recompute) -> Course:
-    with pytest.MonkeyPatch.context() as patch:
+def compiled_course(world: World, recompute: Recompute) -> tuple[Course, int, int]:
+    """Also how many operations were compiled, and how many kernels of attention ran."""
+    torch._dynamo.reset()
+    counters.clear()
+    with pytest.MonkeyPatch.context() as patch, Attended() as attended:
         aot_eager(patch)
-        return course(world, "cogvideox", recompute, True)
+        found = course(world, "cogvideox", recompute, True)
+    return found, counters["stats"]["calls_captured"], attended.count
 
 
 def test_compiled_blocks_share_their_packs(one_rank: dict[str, Course]) -> None:
-    for found in on_ranks(2, compiled_course, "block", mesh=mesh(sp=2)):
+    """Also what is recomputed is compiled, but for attention, which is kept."""
+    plain, block = (on_ranks(2, compiled_course, part, mesh=mesh(sp=2)) for part in ("none", "block"))
+    for (_, expected, kernels), (found, compiled, attended) in zip(plain, block, strict=True):
         assert_same_course(found, one_rank["cogvideox"])
+        assert compiled == expected > 100
+        assert attended == kernels
+
+
+def test_compiled_blocks_share_their_matrices(one_rank: dict[str, Course]) -> None:
+    for found, compiled, _ in on_ranks(2, compiled_course, "none", mesh=mesh(tp=2)):
+        assert_same_course(found, one_rank["cogvideox"])
+        assert compiled > 100
 
 
 def one_pack(world: World, recompute: Recompute, compile: bool, attention: Attention) -> Values:
@@ -348,19 +407,13 @@ def test_one_rank_with_nccl_computes_what_a_cpu_does() -> None:
     assert_same(found, alone(one_pack, "block", False, SDPA), tolerance=1e-3)
 
 
-def refused(world: World, degrees: MeshConfig, kind: str, lora: bool = False) -> str:
+def refused(world: World, degrees: MeshConfig) -> str:
     """What sharding a model under another mesh is refused with."""
-    with torch.device("meta"):
-        model: Any = build_model(four_heads(kind), SDPA)
-        if lora:
-            model.transformer_blocks[0].attn1.to_q.lora_A = torch.nn.Linear(64, 2, bias=False)
     with pytest.raises(ConfigError) as error:
-        parallelize(model, world=world.under(degrees), precision=PrecisionConfig())
+        parallelize(model_of("cogvideox"), world=world.under(degrees), precision=PrecisionConfig())
     return str(error.value)
 
 
-def test_what_cannot_be_shared_is_refused() -> None:
-    for message in on_ranks(3, refused, mesh(sp=3), "cogvideox"):
+def test_heads_that_cannot_be_shared_are_refused() -> None:
+    for message in on_ranks(3, refused, mesh(sp=3)):
         assert message == "mesh.sp = 3 times mesh.tp = 1 must divide the model's 4 heads"
-    assert "long_context cannot be cut" in on_ranks(2, refused, mesh(tp=2), "dit with long context")[0]
-    assert "LoRA adapters (lora) cannot be cut" in on_ranks(2, refused, mesh(tp=2), "cogvideox", True)[0]

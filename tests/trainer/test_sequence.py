@@ -130,7 +130,7 @@ def fed(world: World, folder: Path) -> list[tuple[int, int, int]]:
     plan = architecture(config.model, data_shape(Catalog(folder)))
     objective = make_objective(config.loss, plan.schedule)
     with Loader(Catalog(folder), config=config) as loader:
-        steps = feed(loader, steps=range(2), plan=plan, objective=objective, world=world, ahead=True)
+        steps = feed(loader, steps=range(2), architecture=plan, objective=objective, world=world, ahead=True)
         batches = [batch for data in steps for batch in data.batches]
     shares = [batch.inputs for batch in batches]
     assert all(isinstance(share, PackedShare) for share in shares)
