@@ -17,9 +17,16 @@ from typing import Any, TypeVar
 
 import pydantic
 
+from schemas.config import PreprocessConfig
 from schemas.errors import ConfigError
+from schemas.train_config import TrainConfig
 
 Config = TypeVar("Config", bound=pydantic.BaseModel)
+
+_COMMANDS: dict[str, type[pydantic.BaseModel]] = {"preprocess": PreprocessConfig, "train": TrainConfig}
+"""Whose config it is."""
+_CLOSE = 0.7
+"""How alike a key is to the one that was meant, 0..1; less, and it is another word."""
 
 
 def load_config(path: str | Path, model: type[Config], *, overrides: Sequence[str] = ()) -> Config:
@@ -46,8 +53,9 @@ def check_config(tree: dict[str, Any], model: type[Config], *, where: str) -> Co
     try:
         return model.model_validate(_floats(tree, model))
     except pydantic.ValidationError as error:
-        lines = [_describe(problem, model) for problem in error.errors()]
-        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+        problems = error.errors()
+        told = _other_command(problems, model) or _describe(problems, model)
+        raise ConfigError(f"{where}: {told}") from None
 
 
 def resolved_toml(config: pydantic.BaseModel) -> str:
@@ -117,8 +125,7 @@ def _position(items: list[Any], part: str, parents: Sequence[str], override: str
         raise ConfigError(f"--set {override!r}: {where} is a list; name an item by position, {where}.0")
     if int(part) >= len(items):
         raise ConfigError(
-            f"--set {override!r}: {where} has {len(items)} items, the last is {where}.{len(items) - 1}; "
-            "add items in the file"
+            f"--set {override!r}: {where} has no item {part}, counted from 0; add items in the file"
         )
     return int(part)
 
@@ -145,32 +152,83 @@ def _floats(value: Any, annotation: Any) -> Any:
 
 
 def _fields(annotation: Any) -> dict[str, pydantic.fields.FieldInfo]:
-    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
-        return annotation.model_fields
+    """Of a model, also of one that may be left out."""
+    for part in typing.get_args(annotation) if _is_union(annotation) else (annotation,):
+        if isinstance(part, type) and issubclass(part, pydantic.BaseModel):
+            return part.model_fields
     return {}
 
 
 def _mentions_float(annotation: Any) -> bool:
     if annotation is float:
         return True
-    if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
+    if typing.get_origin(annotation) is typing.Annotated or _is_union(annotation):
         return any(_mentions_float(part) for part in typing.get_args(annotation))
     return False
 
 
-def _describe(problem: Any, model: type[pydantic.BaseModel]) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(model, problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if problem["type"] == "missing":
-        return f"{key} is missing; set it in the file or with --set {key}=..."
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _other_command(problems: Sequence[Any], model: type[pydantic.BaseModel]) -> str | None:
+    """What to say of a config that lacks what `model` needs and has keys of another command's instead."""
+    top = [problem for problem in problems if len(problem["loc"]) == 1]
+    lacks = [problem["loc"][0] for problem in top if problem["type"] == "missing"]
+    unknown = [problem["loc"][0] for problem in top if problem["type"] == "extra_forbidden"]
+    own = next((command for command, each in _COMMANDS.items() if each is model), None)
+    for command, other in _COMMANDS.items():
+        theirs = [key for key in unknown if key in other.model_fields]
+        if own and lacks and len(theirs) > 1:
+            return (
+                f"expected a config of `latentpress {own}`, with {', '.join(lacks)}; found one of "
+                f"`latentpress {command}`, with {', '.join(theirs)}"
+            )
+    return None
+
+
+def _describe(problems: Sequence[Any], model: type[pydantic.BaseModel]) -> str:
+    """Every problem, and once for each section what keys it has."""
+    lines: list[str] = []
+    known_keys: dict[tuple[str, ...], str] = {}
+    for problem in problems:
+        key, parents = ".".join(map(str, problem["loc"])), problem["loc"][:-1]
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(model, parents)
+            close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=_CLOSE)
+            lines.append(f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            if not close:
+                known_keys.setdefault(
+                    tuple(known), f"of {'.'.join(map(str, parents))}" if parents else "here"
+                )
+        elif problem["type"] == "missing":
+            lines.append(f"{key} is missing; set it in the file or with --set {key}=...")
+        elif not _is_echo(problem, problems):
+            lines.append(_refused(key, problem))
+    lines += [f"known keys {where}: {', '.join(known)}" for known, where in known_keys.items()]
+    return "; ".join(lines)
+
+
+def _is_echo(problem: Any, problems: Sequence[Any]) -> bool:
+    """Whether a list seems too short only since an item of it was refused, which is told on its own."""
+    depth = len(problem["loc"])
+    inside = [each for each in problems if len(each["loc"]) > depth and each["loc"][:depth] == problem["loc"]]
+    return problem["type"] == "too_short" and bool(inside)
+
+
+def _refused(key: str, problem: Any) -> str:
+    """What is wrong with the value of a key; whole sections are not shown, they would bury it."""
+    value = problem["input"]
+    is_section = isinstance(value, dict)
+    if is_section or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+        shown = f"{key}: " if key else ""
+    else:
+        shown = f"{key} = {value!r}: "
     if problem["type"] == "literal_error":
-        return f"{key} = {problem['input']!r}: this version takes {problem['ctx']['expected']}"
+        return f"{shown}this version takes {problem['ctx']['expected']}"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key} = {problem['input']!r}: {message[:1].lower()}{message[1:]}"
+    found = ", found a section" if is_section and problem["type"] != "value_error" else ""
+    return f"{shown}{message[:1].lower()}{message[1:]}{found}"
 
 
 def _known_keys(model: type[pydantic.BaseModel], loc: Sequence[str | int]) -> list[str]:

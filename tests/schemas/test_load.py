@@ -55,7 +55,7 @@ def test_resolved_config_reads_back_equal_and_hashes_alike(config_file: Path, tm
         ('units.rows="4"', "units.rows = '4'"),
         ("quarantine.max_rate=1.5", "quarantine.max_rate = 1.5"),
         ("limits.clip_timeout_s=inf", "limits.clip_timeout_s"),
-        ("buckets.1.height=64", "buckets has 1 items"),
+        ("buckets.1.height=64", "buckets has no item 1, counted from 0"),
         ("buckets.height=64", "buckets is a list; name an item by position, buckets.0"),
         ("seed.x=1", "seed"),
         ("seed", "expected key=value"),
@@ -72,6 +72,62 @@ def test_every_bad_key_is_named_at_once(config_file: Path) -> None:
         load_config(config_file, PreprocessConfig, overrides=["a=1", "units.rows=0"])
     assert "unknown key 'a'" in str(error.value)
     assert "units.rows" in str(error.value)
+
+
+TRAIN = 'dataset = "d"\noutput = "o"\n[[stages]]\nname = "a"\nsteps = 3\nlr = { peak = 1.0 }\n'
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.lr.peek=1", "unknown key 'stages.0.lr.peek'; did you mean 'peak'?"),
+        ("stages.0.trainable=[5]", "stages.0.trainable.0 = 5: input should be a valid string"),
+        ("stages=[]", "stages = []: tuple should have at least 1 item after validation, not 0"),
+        (
+            "stages.0.mesh={ranks = 2}",
+            "unknown key 'stages.0.mesh.ranks'; known keys of stages.0.mesh: dp_rep",
+        ),
+        ('datasets=[{path = "e"}]', "expected `dataset` or `datasets`, found both"),
+        ("seed={x = 1}", "seed: input should be a valid integer, found a section"),
+        (
+            "stages.0={name = 'a', steps = 3, lr = {peak = 1}, max_s = 3, max_frames = 9}",
+            "stages.0: a window is bounded by max_s or by max_frames; found both",
+        ),
+    ],
+)
+def test_what_is_wrong_is_told_once_and_not_buried(tmp_path: Path, override: str, message: str) -> None:
+    path = tmp_path / "train.toml"
+    path.write_text(TRAIN)
+    with pytest.raises(ConfigError) as error:
+        load_config(path, TrainConfig, overrides=[override])
+    told = str(error.value).removeprefix(f"{path}: ")
+    assert told.startswith(message)
+    assert told.count(": ") <= 1
+    assert "{" not in told
+
+
+def test_known_keys_are_listed_once_for_a_section(config_file: Path) -> None:
+    unknown = ["xyzzy=1", "plugh=1", "units.xyzzy=1"]
+    with pytest.raises(ConfigError) as error:
+        load_config(config_file, PreprocessConfig, overrides=unknown)
+    told = str(error.value)
+    assert all(f"unknown key {key.partition('=')[0]!r}" in told for key in unknown)
+    assert told.count("known keys here: manifest, output") == told.count("known keys of units: rows") == 1
+
+
+def test_a_config_of_the_other_command_is_called_so(config_file: Path, tmp_path: Path) -> None:
+    train = tmp_path / "train.toml"
+    train.write_text(TRAIN)
+    with pytest.raises(ConfigError) as error:
+        load_config(config_file, TrainConfig, overrides=["units.rows=4"])
+    assert str(error.value).endswith(
+        ": expected a config of `latentpress train`, with stages; found one of "
+        "`latentpress preprocess`, with manifest, buckets, units"
+    )
+    with pytest.raises(
+        ConfigError, match=r"with manifest; found one of `latentpress train`, with dataset, stages"
+    ):
+        load_config(train, PreprocessConfig)
 
 
 def test_missing_required_keys_and_files_are_clear(tmp_path: Path) -> None:
