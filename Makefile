@@ -29,11 +29,13 @@ demo: install  ## from clips to a trained step: about 5 minutes on 2 cores
 	$(BIN)/latentpress preprocess configs/preprocess/demo.toml
 	$(BIN)/latentpress verify $(DEMO)/latents
 	$(BIN)/latentpress inspect $(DEMO)/latents -o $(DEMO)/inspect.png
+	$(BIN)/latentpress report $(DEMO)/latents
 	$(BIN)/latentpress train configs/train/demo.toml
 	$(BIN)/latentpress report runs/demo
 	@echo
 	@echo "Look at:"
 	@echo "  $(DEMO)/inspect.png            source frames over decoded latents"
+	@echo "  $(DEMO)/latents/report.html    the dataset: samples, histograms, quarantine, throughput"
 	@echo "  $(DEMO)/latents/summary.json   what preprocessing did, and its slowest stage"
 	@echo "  runs/demo/report.html            the training run; metrics.jsonl and the checkpoints are beside it"
 

@@ -9,6 +9,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTran
 
 from schemas.errors import ConfigError
 from trainer.architecture import Architecture
+from trainer.flops import Flops, PackShape, pack_flops
 from trainer.objective import Schedule
 
 _COGVIDEOX: dict[str, Any] = {
@@ -55,3 +56,9 @@ def architecture_of(model: str) -> Architecture:
         raise ConfigError(f"--model {model}: expected one of {', '.join(MODELS)}")
     kind: Literal["cogvideox", "dit"] = "dit" if model == "dit" else "cogvideox"
     return Architecture(kind=kind, config=dict(_SHAPES[model]), schedule=Schedule())
+
+
+def clip_flops(architecture: Architecture, *, tokens: int, prompt: int) -> Flops:
+    """Operations of a clip alone, of so many tokens with those of its prompt."""
+    shape = PackShape(tokens - prompt, spans=(tokens,), clips=(tokens,), prompts=(prompt,))
+    return pack_flops(architecture, shape)

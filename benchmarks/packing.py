@@ -23,15 +23,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import count as count_from
+from itertools import count as steps_from
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.models import architecture_of
+from benchmarks.models import architecture_of, clip_flops
 from schemas.errors import ConfigError
-from trainer.flops import PackShape, pack_flops
 from trainer.mixture import Visits
 from trainer.order import key_of
 from trainer.packing import plan_packs
@@ -101,8 +100,7 @@ def tokens_of(seconds: np.ndarray) -> np.ndarray:
 @cache
 def cost_of(tokens: int) -> float:
     """FLOPs of a clip in CogVideoX-5B."""
-    shape = PackShape(tokens - PROMPT, spans=(tokens,), clips=(tokens,), prompts=(PROMPT,))
-    return pack_flops(architecture_of("cogvideox-5b"), shape).forward
+    return clip_flops(architecture_of("cogvideox-5b"), tokens=tokens, prompt=PROMPT).forward
 
 
 def measure(count: int, *, ranks: int = 8, seed: int = 0, tell: Callable[[Row], None]) -> dict[str, Any]:
@@ -202,7 +200,7 @@ def _planned_steps(
         slots=ranks,
         balance_packs=window,
     )
-    epoch = takewhile(lambda step: all(pack.epoch == 0 for pack in step), map(plan.step, count_from()))
+    epoch = takewhile(lambda step: all(pack.epoch == 0 for pack in step), map(plan.step, steps_from()))
     return [[pack.rows for pack in step] for step in epoch]
 
 

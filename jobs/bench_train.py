@@ -15,17 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, append_result
-from benchmarks.train_step import (
-    EXACT,
-    GOAL_MFU,
-    GOAL_SAVE,
-    GOAL_WAIT,
-    GOALS,
-    PACKED,
-    SAVE_EVERY,
-    StepSettings,
-    measure,
-)
+from benchmarks.step_stalls import GOAL_SAVE, GOAL_WAIT, SAVE_EVERY
+from benchmarks.step_ways import PACKED, StepSettings
+from benchmarks.train_step import EXACT, GOAL_MFU, GOALS, measure
 from jobs.bench_packing import check_folders, tell_written
 from jobs.console import console, table
 from schemas.errors import EXIT_DONE, EXIT_FAILED, ConfigError

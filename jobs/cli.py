@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="From a folder of mixed videos to verified latent shards, and a video model trained on them. "
-    "A first walk: demo, validate, plan, preprocess, verify, inspect, train.",
+    "A first walk: demo, validate, plan, preprocess, verify, inspect, report, train.",
 )
 app.add_typer(cli_dataset.app)
 app.add_typer(cli_train.app)
@@ -55,7 +55,8 @@ def main() -> None:
         if package not in OPTIONAL:
             raise
         training = sys.argv[1] in ("train", "export-model", "report", "submit")
-        extra = {"submitit": "slurm", "ray": "pipeline"}.get(package, "train" if training else "pipeline")
+        of_one = {"submitit": "slurm", "av": "pipeline", "PIL": "pipeline", "ray": "pipeline"}
+        extra = of_one.get(package, "train" if training else "pipeline")
         missing = MissingExtraError(package, extra)
         print(f"latentpress: {missing}", file=sys.stderr)
         sys.exit(missing.exit_code)
@@ -74,7 +75,8 @@ def main() -> None:
         if stop.code != _TYPER_INTERRUPTED:
             raise
         print(
-            "\nlatentpress: interrupted; preprocess, import and train go on where they were when run again",
+            "\nlatentpress: interrupted; preprocess and import go on where they were when run again, "
+            "train after its newest checkpoint",
             file=sys.stderr,
         )
         sys.exit(EXIT_FAILED)

@@ -1,4 +1,4 @@
-"""`latentpress` on training runs: train, submit, export-model, report."""
+"""`latentpress` on training runs: train, submit, export-model, and report, which also takes a dataset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from jobs.options import Json, Set, job
 from schemas.errors import ConfigError
+from schemas.store import location
 
 app = typer.Typer()
 
@@ -40,7 +41,8 @@ def train(
 ) -> None:
     """Train a video model on a dataset.
 
-    Run it again to resume from the newest complete checkpoint; also works under torchrun.
+    Ctrl-C saves and stops it. Run it again to resume from the newest complete checkpoint; also works under
+    torchrun.
     """
     if check and nproc > 1:
         raise ConfigError("--check runs in one process; leave --nproc out")
@@ -130,15 +132,45 @@ def export_model(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of train, finished or not.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            parser=location,
+            metavar="PATH",
+            help="Dataset (folder or s3://BUCKET/PREFIX), or output folder of train, finished or not.",
+        ),
+    ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Page to write; RUN/report.html by default.")
+        Path | None, typer.Option("-o", "--output", help="Page to write; PATH/report.html by default.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Of a dataset: samples to decode and draw; 12 by default."),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Of a dataset: where its video encoder is now, if it moved; the same weights.",
+        ),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Draw a training run as one HTML page.
+    """Draw a dataset or a training run as one HTML page.
 
-    Losses, gradient norm, speed, fill, waiting, memory and saves over the steps, sample sheets, settings and
-    what happened. The page holds its pictures, so it can be sent as it is.
+    Of a dataset: what its numbers mean, histograms, samples beside their sources, quarantine with what to do,
+    throughput. Of a run: losses, speed, memory and saves over the steps, sample sheets, settings. The page
+    holds its pictures, so it can be sent as it is.
     """
-    raise typer.Exit(job("report_run").report_run(run, output=output, as_json=json_))
+    if (path / "card.json").exists():
+        module = job("report_dataset")
+        samples = module.SAMPLES if samples is None else samples
+        raise typer.Exit(module.report_dataset(path, output=output, samples=samples, vae=vae, as_json=json_))
+    if not (path / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"{path}: expected a dataset (which has a card.json) or the output folder of `latentpress train` "
+            "(which has a metrics.jsonl from its first step on); found neither"
+        )
+    if samples is not None or vae is not None:
+        raise ConfigError(f"{path} is a training run; --samples and --vae are for datasets")
+    raise typer.Exit(job("report_run").report_run(path, output=output, as_json=json_))

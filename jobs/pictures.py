@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw
 
+from jobs.console import count_of
 from jobs.page import INK, PAPER, SOFT, Page, cell_size, enlarged, fitted, row_width, sheet_font, spread
 from pipeline.fidelity import card_encoder, decode
 from pipeline.starved import free_memory
@@ -125,7 +126,7 @@ def draw_samples(shown: Sequence[Shown], *, title: str) -> Image.Image:
         for clip in shown
     ]
     page = Page(max(row_width(cell, columns=len(chosen)) for _, chosen, cell in rows))
-    page.ends(title, f"{len(shown)} clips", size=24)
+    page.ends(title, count_of(len(shown), "clip"), size=24)
     page.paragraph(
         "Reference: the clip's own latents, decoded. Sample: drawn from its caption and noise.",
         size=15,

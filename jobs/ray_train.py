@@ -2,29 +2,38 @@
 
 Ray Train starts one process per GPU, makes their process group and watches over them; training is what
 `latentpress train` runs under torchrun. Checkpoints and metrics go to the run's output, which all nodes see.
+Ray's workers cannot listen for signals, so SIGTERM reaches them from here, through the store of Ray's head.
+Ray is imported once it is known whether its cluster asks for a token.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
-import ray
-from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer
-
-from jobs.train import run_config, to_do, train_here
-from pipeline.ray_join import own_handler
+from jobs.train import run_config, saying_what_is_saved, to_do, train_here
+from pipeline import ray_join
 from schemas.errors import EXIT_DONE, LatentpressError, RunError
 from schemas.train_config import TrainConfig
+from trainer import stopping
 
-_KNOCK_S = 5.0
+if TYPE_CHECKING:
+    from ray.train import TrainingFailedError
+
 _OWN_PRINT = "RAY_TRAIN_ENABLE_PRINT_PATCH"
 """Ray Train's own print() for its workers writes to a logger and to standard output, and both are shown. It
 hands this setting on to them."""
+_STORE = "latentpress"
+"""Namespace in the store of Ray's head."""
+_ASK_S = 1.0
 
 
 def submit_ray(
@@ -32,34 +41,26 @@ def submit_ray(
 ) -> int:
     """Train the run of a config on `workers` processes of the cluster at `address`; returns the exit code."""
     config = run_config(config_path, overrides=overrides, stage=stage)
-    if not to_do(config, ranks=workers):
-        return EXIT_DONE
-    try:
-        _knock(address)
-        ray.init(address, ignore_reinit_error=True)
-    except OSError as error:
-        raise RunError(
-            f"no Ray cluster at {address}: {error}; expected HOST:PORT as `ray start --head` prints it"
-        ) from error
-    fit(config, workers=workers)
+    if to_do(config, ranks=workers):
+        ray_join.join(address, named="--ray", log_to_driver=True)
+        with saying_what_is_saved(config):
+            fit(config, workers=workers)
     return EXIT_DONE
-
-
-def _knock(address: str) -> None:
-    """OSError where nothing listens at HOST:PORT; Ray itself would wait for it for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 def fit(config: TrainConfig, *, workers: int) -> None:
     """Train on the cluster this process is connected to: on its GPUs, or where it has none on CPUs."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     gpus = ray.cluster_resources().get("GPU", 0) > 0
     here = os.getcwd()
     os.environ.setdefault(_OWN_PRINT, "0")
 
     def worker() -> None:
         os.chdir(here)  # Ray's own folder means nothing to the paths of a config
+        threading.Thread(target=_hear, daemon=True).start()
         train_here(config)
 
     trainer = TorchTrainer(
@@ -69,7 +70,7 @@ def fit(config: TrainConfig, *, workers: int) -> None:
         run_config=RunConfig(storage_path=str(Path(config.output).resolve()), name="ray"),
     )
     try:
-        with own_handler(signal.SIGINT):
+        with _passed_on(signal.SIGTERM), ray_join.own_handler(signal.SIGINT):
             trainer.fit()
     except TrainingFailedError as error:
         raise _cause(error) from error
@@ -77,8 +78,47 @@ def fit(config: TrainConfig, *, workers: int) -> None:
         raise KeyboardInterrupt from error
 
 
+@contextmanager
+def _passed_on(number: signal.Signals) -> Iterator[None]:
+    """This signal is for the ranks, which finish their step, save and end."""
+    from ray.experimental import internal_kv
+
+    key = _key()
+    internal_kv._internal_kv_del(key, namespace=_STORE)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        print(f"{signal.Signals(number).name}: the ranks finish their step and save", file=sys.stderr)
+        put = {"key": key, "value": str(number), "namespace": _STORE}
+        threading.Thread(target=internal_kv._internal_kv_put, kwargs=put).start()
+
+    before = signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _hear() -> None:
+    """In a worker: stop training once the driver was told to; ends with its process."""
+    from ray.experimental import internal_kv
+
+    heard = False
+    while not heard:
+        time.sleep(_ASK_S)
+        asked = internal_kv._internal_kv_get(_key(), namespace=_STORE)
+        heard = asked is not None and stopping.ask(signal.Signals(int(asked)))
+
+
+def _key() -> str:
+    import ray
+
+    return f"{ray.get_runtime_context().get_job_id()}/stop"
+
+
 def _cause(error: TrainingFailedError) -> LatentpressError:
     """What the first failing rank had to say; the others follow from it."""
+    from ray.train import WorkerGroupError
+
     if isinstance(error, WorkerGroupError):
         known = [
             failure for failure in error.worker_failures.values() if isinstance(failure, LatentpressError)

@@ -1,45 +1,22 @@
-"""`latentpress train` and `export-model`: a config in, a trained run out; the launcher of its ranks.
+"""`latentpress train` and `export-model`: a config in, a trained run out.
 
-One rank trains in this process; more are started here, torchrun-style, each a fresh interpreter. Under
-an outer torchrun (RANK is set) this process is one of its ranks and starts none. A failing rank ends
-all and becomes one error; ranks whose launcher has died end themselves.
+One rank trains in this process, more are started by `jobs.launcher`. Under an outer torchrun (RANK is set)
+this process is one of its ranks and starts none.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
 
+from jobs.launcher import launch, train_as
 from schemas.card import read_card
-from schemas.errors import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_GATE,
-    EXIT_USAGE,
-    ConfigError,
-    LatentpressError,
-    RunError,
-)
+from schemas.errors import EXIT_DONE, EXIT_GATE, ConfigError, RunError
 from schemas.load import load_config
 from schemas.store import location
 from schemas.train_config import MeshConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from trainer.parallel import Member
-
-Failure = tuple[int, str]
-"""Exit code and message of a rank."""
 
 
 def train(
@@ -48,16 +25,35 @@ def train(
     """Train, or resume, the run of a config on `nproc` local ranks; returns the exit code.
 
     With `stage` that stage alone, from its own `init` or `model.init`, in a subfolder of the run's output.
+    RunError after a Ctrl-C, saved or not.
     """
     config = run_config(config_path, overrides=overrides, stage=stage)
-    if "RANK" in os.environ:
-        train_here(config)
-    elif to_do(config, ranks=nproc):
-        if nproc == 1:
-            train_here(config)
-        else:
-            _launch(config, nproc)
+    if "RANK" in os.environ or to_do(config, ranks=nproc):
+        with saying_what_is_saved(config):
+            if "RANK" in os.environ or nproc == 1:
+                train_here(config)
+            else:
+                launch(config, nproc)
     return EXIT_DONE
+
+
+@contextmanager
+def saying_what_is_saved(config: TrainConfig) -> Iterator[None]:
+    """A run that Ctrl-C has ended becomes a RunError that says where it goes on."""
+    from trainer.checkpoint import checkpoints_folder, newest
+    from trainer.resume import is_finished
+
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        saved = newest(checkpoints_folder(Path(config.output)))
+        if saved is None:
+            text = "nothing is saved: run again to start anew"
+        elif is_finished(config, saved):
+            text = f"{saved.path} has all {saved.step} steps"
+        else:
+            text = f"{saved.path} is whole: run again to go on after step {saved.step}"
+        raise RunError(f"interrupted; {text}") from interrupt
 
 
 def run_config(config_path: str | Path, *, overrides: Sequence[str], stage: str | None) -> TrainConfig:
@@ -107,7 +103,10 @@ def check(config_path: str | Path, *, overrides: Sequence[str], stage: str | Non
         outcome = {True: "ok", False: "FAILED", None: "cannot be told"}[finding.passed]
         rows.add_row(finding.question, finding.found, outcome)
     console.print(rows)
-    return EXIT_GATE if any(finding.passed is False for finding in findings) else EXIT_DONE
+    failed = [finding for finding in findings if finding.passed is False]
+    for finding in failed:
+        console.print(f"{finding.question}: {finding.remedy}")
+    return EXIT_GATE if failed else EXIT_DONE
 
 
 def export_model(checkpoint: str | Path, output: str | Path, *, merge: bool = False) -> int:
@@ -126,137 +125,4 @@ def train_here(config: TrainConfig) -> None:
     from trainer.parallel import Member
 
     member = Member.from_environment() if "RANK" in os.environ else Member.alone()
-    _train_as(member, config, ended=lambda: None)
-
-
-def _train_as(member: Member, config: TrainConfig, *, ended: Callable[[], None]) -> None:
-    """`ended` is called as soon as training is over, well or not, before the ranks part."""
-    from trainer import parallel
-    from trainer.loop import train as run
-
-    pictures = None
-    if config.validation.samples:  # decoding needs more than training does
-        from jobs.pictures import make_pictures
-
-        pictures = make_pictures(config)
-    with parallel.join(member, config.mesh, deterministic=config.precision.deterministic) as world:
-        try:
-            run(config, world=world, pictures=pictures)
-        finally:
-            ended()
-
-
-def _launch(config: TrainConfig, nproc: int) -> None:
-    """`nproc` ranks as child processes; RunError or ConfigError with what the first failing one said."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # re-exported without __all__
-
-    # The parent holds the store, so that its port is known before any rank starts.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    ranks: dict[Connection, BaseProcess] = {}
-    for rank in range(nproc):
-        receiver, sender = context.Pipe(duplex=False)
-        process: BaseProcess = context.Process(
-            target=_rank, args=(rank, nproc, store.port, config, sender), name=f"rank {rank}", daemon=True
-        )
-        process.start()
-        sender.close()
-        ranks[receiver] = process
-    failure: Failure | None = None
-    running = dict(ranks)
-    with _forwarded_signals([process.pid for process in ranks.values() if process.pid]) as forwarded:
-        try:
-            while running and failure is None:
-                receiver = next(pipe for pipe in wait(list(running)) if isinstance(pipe, Connection))
-                failure = _outcome(receiver, running.pop(receiver), forwarded)
-        finally:
-            # The others would wait for a failed one in a collective, and it for them, for ever.
-            for process in (ranks if failure else running).values():
-                process.kill()
-            for process in ranks.values():
-                process.join()
-    if failure:
-        code, message = failure
-        if code == EXIT_DONE:
-            print(message)
-        else:
-            raise ConfigError(message) if code == EXIT_USAGE else RunError(message)
-
-
-def _outcome(receiver: Connection, process: BaseProcess, forwarded: Sequence[int]) -> Failure | None:
-    """What a rank that ended had to say: nothing, or its failure; EXIT_DONE where it was told to stop."""
-    try:
-        result: Failure | None = receiver.recv()
-    except EOFError:
-        process.join()
-        code = process.exitcode or 0
-        if -code in forwarded:  # in training it is noted, and later ignored: none can have made a step
-            return EXIT_DONE, "stopped before the first step; requeue me, the same command starts again"
-        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return 1, f"{process.name} ended by {end}; the checkpoints are whole, run again to resume"
-    return result
-
-
-def _rank(rank: int, size: int, port: int, config: TrainConfig, sender: Connection) -> None:
-    """A child: one rank of `_launch`; sends None when done, else (exit code, message)."""
-    import torch
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # re-exported without __all__
-
-    from trainer.parallel import Member
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher, which ends all ranks
-    threading.Thread(target=_die_with_launcher, daemon=True).start()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // size))
-    try:
-        member = Member(rank, rank, size, TCPStore("127.0.0.1", port, is_master=False))
-        _train_as(member, config, ended=_ignore_stop_signals)
-        sender.send(None)
-    except LatentpressError as error:
-        _give_up(sender, (error.exit_code, str(error)))
-    except BaseException as error:
-        traceback.print_exc()
-        message = f"rank {rank} failed: {type(error).__name__}: {error}; its traceback is above"
-        _give_up(sender, (EXIT_FAILED, message))
-
-
-def _ignore_stop_signals() -> None:
-    """A rank that has trained needs no telling to stop."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _give_up(sender: Connection, failure: Failure) -> None:
-    """Tell the launcher and end at once: an interpreter's own end takes down communicators, which waits for
-    ranks that wait for this one."""
-    sender.send(failure)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(failure[0])
-
-
-def _die_with_launcher() -> None:
-    """A killed launcher must leave no rank behind."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-@contextmanager
-def _forwarded_signals(pids: Sequence[int]) -> Iterator[list[int]]:
-    """Pass stop signals on to the ranks, which then finish their step, save and end; collects them."""
-    forwarded: list[int] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        forwarded.append(number)
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield forwarded
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    train_as(member, config, ended=lambda: None)

@@ -38,19 +38,11 @@ def connect(config: PreprocessConfig, *, cpus: int) -> Any:
     settings = config.executor
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return sys.modules["ray"]
-    _require_answer(settings.address)
-    if settings.address and _TOKEN.exists() and "RAY_AUTH_MODE" not in os.environ:
-        # Ray reads the mode when it is imported, so the cluster is asked first.
-        os.environ["RAY_AUTH_MODE"] = "token" if _asks_for_token(settings.address) else "disabled"
-    try:
-        import ray
-    except ImportError:
-        raise MissingExtraError("ray", "pipeline") from None
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with own_handler(signal.SIGTERM):
-        if settings.address:
-            _join(ray, settings.address)
-        else:
+    if settings.address:
+        ray = join(settings.address, named="executor.address", log_to_driver=False)
+    else:
+        ray = _imported()
+        with own_handler(signal.SIGTERM):
             ray.init(
                 address="local",
                 num_cpus=max(cpus, os.cpu_count() or 1),
@@ -62,6 +54,36 @@ def connect(config: PreprocessConfig, *, cpus: int) -> Any:
             )
     # Else what raylets report, such as each death of an actor, is shown whatever `log_to_driver` says.
     ray._private.worker._worker_logs_enabled = False
+    return ray
+
+
+def join(address: str, *, named: str, log_to_driver: bool) -> Any:
+    """Ray, with this process joined to the cluster at an address; `named` is what the user calls the address.
+
+    ConfigError where nothing answers, RunError where the cluster does not take this process.
+    """
+    _require_answer(address, named=named)
+    if _TOKEN.exists() and "RAY_AUTH_MODE" not in os.environ:
+        # Ray reads the mode when it is imported, so the cluster is asked first.
+        os.environ["RAY_AUTH_MODE"] = "token" if _asks_for_token(address) else "disabled"
+    ray = _imported()
+    try:
+        with own_handler(signal.SIGTERM):
+            ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"the Ray cluster at {named} = {address!r} cannot be joined: {error}. Its Ray must "
+            "be of this version; where it asks for a token, copy its ~/.ray/auth_token to this machine"
+        ) from error
+    return ray
+
+
+def _imported() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtraError("ray", "pipeline") from None
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     return ray
 
 
@@ -87,16 +109,6 @@ def told() -> list[str]:
             found.append(internal_kv._internal_kv_get(key, namespace=_MAIL).decode())
             internal_kv._internal_kv_del(key, namespace=_MAIL)
     return found
-
-
-def _join(ray: Any, address: str) -> None:
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunError(
-            f"the Ray cluster at executor.address = {address!r} cannot be joined: {error}. Its Ray must "
-            "be of this version; where it asks for a token, copy its ~/.ray/auth_token to this machine"
-        ) from error
 
 
 def first_sentence(error: Exception) -> str:
@@ -127,16 +139,16 @@ def answers(address: tuple[str, int]) -> bool:
     return True
 
 
-def _require_answer(address: str) -> None:
+def _require_answer(address: str, *, named: str) -> None:
     """ConfigError where nothing listens at HOST:PORT; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
+    host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdecimal():  # such as "auto"
         return
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except OSError as error:
         raise ConfigError(
-            f"executor.address = {address!r}: nothing answers there ({error}); "
+            f"{named} = {address!r}: nothing answers there ({error}); "
             "start a cluster with `ray start --head --port=PORT`"
         ) from error
 

@@ -58,7 +58,12 @@ class Geometry:
     def frame_least(self) -> int:
         if self.windows and not self.segment_frames:
             return self.windows[0][0]
-        return 1 if self.causal and not self.segment_frames else self.frame_step
+        return 1 if self.leading_frames else self.frame_step
+
+    @property
+    def leading_frames(self) -> int:
+        """1 where a clip's first frame has a latent frame to itself; where each piece's has, none leads."""
+        return int(self.causal and not self.segment_frames)
 
     @property
     def rule(self) -> str:

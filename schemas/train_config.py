@@ -56,8 +56,8 @@ class ModelConfig(Settings):
     The results of attention are kept in any case (but for `flex`), as nothing costs more to compute again: a
     block then keeps its input and those, one value each per token and width."""
     compile: bool = False
-    """Compile each block with torch.compile. With mesh.sp > 1 and recompute = "block" blocks run as they are:
-    what ranks trade around attention cannot be traced inside what is recomputed."""
+    """Compile each block with torch.compile. With mesh.sp > 1 attention, and what ranks trade around it, runs
+    between compiled parts."""
     num_layers: Positive = 2
     """Transformer blocks; this and the fields below, down to `text`, are for `init = "random"`: what a folder
     has is its own, and another value is refused."""
@@ -302,7 +302,8 @@ class StageConfig(Settings):
     slots: Positive | None = None
     """In place of data.slots."""
     token_multiple: Positive = 1
-    """What the tokens of every window must be a multiple of; TTT-Video's layers take blocks of 64."""
+    """What the tokens of every window must be a multiple of, also where its caption is dropped; TTT-Video's
+    layers take blocks of 64."""
     mesh: MeshConfig | None = None
     """In place of `mesh`."""
     trainable: Annotated[tuple[str, ...], Field(strict=False)] = ()

@@ -32,6 +32,13 @@ def python(code: str) -> str:
     return run.stdout
 
 
+def test_the_map_of_the_trainer_names_every_module_once() -> None:
+    text = ast.get_docstring(ast.parse((REPOSITORY / "trainer" / "__init__.py").read_text())) or ""
+    rows = [row for row in text.splitlines() if row.startswith("    ")]
+    named = [word for row in rows for word in row[16:].split()]
+    assert sorted(named) == sorted(path.stem for path in modules("trainer") if path.stem != "__init__")
+
+
 def test_the_import_contracts_hold() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"],

@@ -106,11 +106,13 @@ class DataShape:
     prompt: tuple[int, int]
     """S of the longest prompt, and D."""
     leading_frames: int = 1
-    """1 where a clip's first frame has a latent frame to itself."""
+    """As `Geometry` has it."""
     card: Card | None = None
     """Of the dataset; without one nothing is known of its encoders."""
     adoptions: Sequence[Mapping[str, Any]] = ()
     """Records of what was adopted since (`schemas.adoption`)."""
+    without_images: Sequence[str] = ()
+    """Datasets that have no latents of the clip's first frame."""
 
 
 def data_shape(*catalogs: Catalog) -> DataShape:
@@ -118,15 +120,14 @@ def data_shape(*catalogs: Catalog) -> DataShape:
     catalog = catalogs[0]
     shapes = np.concatenate([each.shapes for each in catalogs])
     prompts = np.concatenate([each.prompt_shapes for each in catalogs])
-    geometry = catalog.card.geometry
     return DataShape(
         latents=tuple(shapes[shapes.prod(1).argmax()].tolist()),
-        temporal=geometry.temporal,
+        temporal=catalog.card.geometry.temporal,
         prompt=tuple(prompts[prompts[:, 0].argmax()].tolist()),
-        # Of a clip encoded in independent pieces, each has a first frame: their lengths are all the same.
-        leading_frames=int(geometry.causal and not geometry.segment_frames),
+        leading_frames=catalog.card.geometry.leading_frames,
         card=catalog.card,
         adoptions=read_adoptions(catalog.dataset),
+        without_images=[str(each.dataset) for each in catalogs if each.card.image == "none"],
     )
 
 
@@ -244,8 +245,8 @@ def _check_settings(layout: Layout, data: DataShape) -> None:
         raise ConfigError(
             "model.local_frames: this model has learned positions for whole clips; leave local_frames = 0"
         )
-    if layout.image and data.card is not None and data.card.image == "none":
+    if layout.image and data.without_images:
         raise ConfigError(
-            "this model is given the clip's first frame, and the dataset has no latents of it: preprocess "
-            "with video_encoder.image_latents = true"
+            f"this model is given the clip's first frame, and {', '.join(data.without_images)} has no "
+            "latents of it: preprocess with video_encoder.image_latents = true"
         )

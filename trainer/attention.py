@@ -103,3 +103,6 @@ def sdpa_cross(
 
 
 sdpa = within(sdpa_cross)
+
+UNCALLED = Attention("sdpa", "never called", sdpa, sdpa_cross)
+"""For models that are built to be looked at, not to run."""

@@ -4,7 +4,7 @@ What was used longest ago goes first. Several processes use it at once, and any 
 time: files appear whole, by a rename, and what they take together is counted in a file of its own under a
 lock, before the rename, so that a kill leaves it counted too high and never too low. Counting anew is part of
 making room. Nothing is synced to the disk: a file that a crash of the machine damages is told by its checksum
-and fetched again.
+and fetched again. So a process reads whole what others have kept, once, also where it wants a window.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Cache:
         """ConfigError where the folder cannot be written."""
         self._folder, self._max_bytes = folder.absolute(), max_bytes
         self._full = False
+        self._intact = set[str]()  # names whose file this process has written, or found to be whole
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._locked() as count:
@@ -56,17 +57,20 @@ class Cache:
             ) from error
 
     def read(self, name: str, part: Part) -> bool:
-        """Fill `part.into`; whether the payload is here. One wanted whole is held against its checksum."""
+        """Fill `part.into`; whether the payload is here. It is held against its checksum where it is wanted
+        whole, and before any of it is taken for the first time."""
         path, payload = self._path(name), part.payload
+        whole = len(part.into) == payload.nbytes
         try:
             with path.open("rb", buffering=0) as file:
+                intact = whole or name in self._intact or checksum(file.readall()) == payload.checksum
                 file.seek(part.start)
                 got = file.readinto(part.into)
                 os.utime(file.fileno())
         except OSError:
             return False
-        whole = len(part.into) == payload.nbytes
-        if got == len(part.into) and not (whole and checksum(part.into) != payload.checksum):
+        if got == len(part.into) and (checksum(part.into) == payload.checksum if whole else intact):
+            self._intact.add(name)
             return True
         with contextlib.suppress(OSError):
             path.unlink()
@@ -87,6 +91,7 @@ class Cache:
                     return
                 self._count(count, len(data))
                 temporary.replace(path)
+                self._intact.add(name)
         except OSError as error:
             self._full = True
             with contextlib.suppress(OSError):

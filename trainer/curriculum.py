@@ -1,4 +1,4 @@
-"""The curriculum as arithmetic: a step number in; stage and learning rate out.
+"""The curriculum as arithmetic: a step number in; stage, first weights and learning rate out.
 
 Everything is a pure function of step and config, so a resumed run needs no scheduler state.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from schemas.errors import ConfigError
-from schemas.train_config import DataConfig, LrConfig, LrGroupConfig, StageConfig
+from schemas.train_config import DataConfig, LrConfig, LrGroupConfig, StageConfig, TrainConfig
 
 
 def total_steps(stages: Sequence[StageConfig]) -> int:
@@ -29,6 +30,27 @@ def stage_at(step: int, stages: Sequence[StageConfig]) -> tuple[StageConfig, int
         f"{step = } is outside this run: its {len(stages)} stages have steps 0 to {last}; "
         "raise stages.<n>.steps or add a stage to train longer"
     )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights to start from, as settings name them."""
+
+    init: str
+    revision: str
+    """Both as in `ModelConfig`."""
+    key: str
+    """The setting that names them, for messages."""
+
+
+def first_weights(config: TrainConfig, number: int) -> Source | None:
+    """What stage `number` (from 0) starts from; None where that is what the stage before ends with.
+
+    The first stage always has some: its own, else `model.init`. `model.revision` is of `model.init` alone.
+    """
+    if init := config.stages[number].init:
+        return Source(init, revision="", key=f"stages.{number}.init")
+    return None if number else Source(config.model.init, config.model.revision, key="model.init")
 
 
 def slots_of(stage: StageConfig, data: DataConfig) -> int:

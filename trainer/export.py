@@ -24,12 +24,11 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
 
 from schemas.errors import ConfigError, RunError
 from schemas.train_config import LossConfig
-from trainer.attention import Attention, sdpa, sdpa_cross
-from trainer.checkpoint import Saved
+from trainer.attention import UNCALLED
+from trainer.checkpoint import Saved, check_files, read_state
 from trainer.inputs import INPUTS_NAME
 from trainer.lineage import Shape, check_same, saved_lora, saved_shapes
 from trainer.lora import ADAPTER, LORA_NAME, adapted_layers, add_adapters, lora_scale, merged_delta
@@ -46,7 +45,7 @@ def export(saved: Saved, output: Path, *, merge: bool = False) -> list[str]:
     """Write the weights of `saved` to a new folder; returns lines on what it is good for.
 
     `merge` adds adapters into the matrices they stand beside. ConfigError where the folder is none, or holds
-    files already.
+    files already; RunError where the checkpoint is damaged.
     """
     output = output.resolve()  # "." has no name to put a temporary one beside
     if output.exists() and not output.is_dir():
@@ -56,6 +55,7 @@ def export(saved: Saved, output: Path, *, merge: bool = False) -> list[str]:
     architecture, lora = saved_architecture(saved), saved_lora(saved)
     if lora and not merge and architecture.kind == "dit":
         raise ConfigError(f"{saved.path} has adapters that no other program opens; export with --merge")
+    check_files(saved, alone=True)
     objective = make_objective(LossConfig.model_validate(saved.meta["objective"]), architecture.schedule)
     values = _read(saved)
     adapters = {name: values.pop(name) for name in list(values) if ADAPTER.search(name)}
@@ -114,7 +114,7 @@ def published_base(meta: Mapping[str, Any]) -> str | None:
 def _blank(saved: Saved) -> PackedModel:
     """The model of a checkpoint, without adapters, on the meta device."""
     with torch.device("meta"):
-        return build_model(saved_architecture(saved), Attention("sdpa", "never called", sdpa, sdpa_cross))
+        return build_model(saved_architecture(saved), UNCALLED)
 
 
 def _read(saved: Saved) -> Values:
@@ -127,7 +127,7 @@ def _read(saved: Saved) -> Values:
     values = {name: torch.empty(shape) for name, shape in shapes.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant: one process
-        load_state({"model": values}, checkpoint_id=saved.path, no_dist=True)
+        read_state(saved, {"model": values}, alone=True)
     return values
 
 

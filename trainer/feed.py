@@ -37,18 +37,20 @@ def feed(
     loader: Loader,
     *,
     steps: range,
-    plan: Architecture,
+    architecture: Architecture,
     objective: Objective,
     world: World,
     ahead: bool,
 ) -> Iterator[StepData]:
     """The data of each of `steps`, which lie in one stage; one step ahead of who asks where `ahead`."""
-    layout = plan.layout
+    layout = architecture.layout
 
     def make(step: int) -> StepData:
         packs = loader.packs(step)
         batches = [prepare(pack, objective=objective, layout=layout) for pack in packs]
-        flops = sum((pack_flops(plan, PackShape.of(batch.inputs)) for batch in batches), Flops(0.0, 0.0))
+        flops = sum(
+            (pack_flops(architecture, PackShape.of(batch.inputs)) for batch in batches), Flops(0.0, 0.0)
+        )
         if world.sp is not None:
             batches = [replace(batch, inputs=world.sp.split(batch.inputs)) for batch in batches]
         return StepData(

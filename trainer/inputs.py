@@ -39,6 +39,8 @@ _FIELDS: dict[Family, tuple[str, ...]] = {
     ),
 }
 """Hard fields of a card that say what the numbers mean to a model; the others only what was encoded."""
+_ROWS = "text_encoder.max_length"
+"""Rows of a prompt that keeps its pad rows."""
 
 
 def inputs_of(card: Card) -> dict[str, dict[str, Any]]:
@@ -49,6 +51,8 @@ def inputs_of(card: Card) -> dict[str, dict[str, Any]]:
     }
     if card.image != "none":
         told["latents"] |= {"image": card.image, "image_scaling": card.image_scaling}
+    if card.padding == "full":  # models here attend to all rows of a prompt, so their number counts too
+        told["prompts"][_ROWS] = card.hard["prompts"][_ROWS]
     return told
 
 
@@ -60,7 +64,8 @@ def check_inputs(
     adoptions: Sequence[Mapping[str, Any]] = (),
     key: str = "model.init",
 ) -> None:
-    """ConfigError where latents or prompts of `card` are not those that the weights in `transformer` know.
+    """ConfigError where latents or prompts of `card` are not those that the weights in `transformer` know:
+    another encoder, scaling or number of rows.
 
     `config` holds all arguments of its CogVideoXTransformer3DModel; `adoptions` are the records of the
     dataset, whose values count as the card's. `key` is the setting that names it, for messages.
@@ -71,7 +76,7 @@ def check_inputs(
     else:
         problems = [
             *_unlike_published(card, transformer, config, adoptions, key),
-            *_unlike_prompts(card, transformer, adoptions, key),
+            *_unlike_prompts(card, transformer, config, adoptions, key),
         ]
     if problems:
         raise ConfigError(
@@ -179,14 +184,25 @@ def _unlike_vae(
 
 
 def _unlike_prompts(
-    card: Card, transformer: Path, adoptions: Sequence[Mapping[str, Any]], key: str
+    card: Card,
+    transformer: Path,
+    config: Mapping[str, Any],
+    adoptions: Sequence[Mapping[str, Any]],
+    key: str,
 ) -> Iterator[str]:
-    """A CogVideoX takes the T5 of its pipeline, run without a mask, with the pad rows as that made them."""
+    """A CogVideoX takes the T5 of its pipeline, run without a mask, with the pad rows as that made them, and
+    as many rows as its config says: so many its pipeline and the training scripts give it."""
     made = card.hard["prompts"]
-    if made.get("text_encoder.padding") == "trim":
+    rows = config["max_text_seq_length"]
+    if card.padding == "trim":
         yield (
             "it has text_encoder.padding = 'trim', and the weights know prompts with their pad rows, which "
             "no mask hides (text_encoder.padding = 'full')"
+        )
+    elif made[_ROWS] != rows:
+        yield (
+            f"its prompts have {made[_ROWS]} rows, pad rows among them, which no mask hides, and the weights "
+            f"know {rows} (text_encoder.max_length = {rows})"
         )
     if made.get("text_encoder.kind") != "t5":
         return

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as load_state
 
 from schemas.errors import ConfigError
 from schemas.train_config import LoraConfig
-from trainer.checkpoint import Saved
+from trainer.checkpoint import Saved, read_metadata, read_state
 from trainer.lora import ADAPTER, adapted_layers, adapter_scales, lora_scale, merged_delta
 from trainer.sharding import local_part
 from trainer.weights import random_value
@@ -31,7 +29,7 @@ def saved_lora(saved: Saved) -> LoraConfig | None:
 
 def saved_shapes(saved: Saved) -> dict[str, Shape]:
     """Names and shapes of a checkpoint's weights."""
-    entries = FileSystemReader(saved.path).read_metadata().state_dict_metadata
+    entries = read_metadata(saved).state_dict_metadata
     return {
         name.removeprefix("model."): tuple(entry.size)
         for name, entry in entries.items()
@@ -59,7 +57,7 @@ def load_weights(saved: Saved, model: nn.Module, *, seed: int) -> list[str]:
     )
     wanted = state if same else {name: state[name] for name in _without_adapters(shapes)}
     old = {} if same else {name: torch.empty(found[name]) for name in found if ADAPTER.search(name)}
-    load_state({"model": wanted | old}, checkpoint_id=saved.path)
+    read_state(saved, {"model": wanted | old})
     if same:
         return []
     lines = []

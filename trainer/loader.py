@@ -25,11 +25,13 @@ from schemas.errors import ConfigError
 from schemas.load import digest_of
 from schemas.train_config import StageConfig, TrainConfig
 from schemas.windows import durations
+from trainer.architecture import Architecture
 from trainer.catalog import Catalog
 from trainer.curriculum import slots_of, stage_at, total_steps
 from trainer.frame_weights import FrameWeights
 from trainer.mixture import Mixture
 from trainer.packing import Pack, Segment, StepWeights
+from trainer.parallel import MeshShape, World
 from trainer.plan import Step, rank_share
 from trainer.reader import SampleReader, Unreadable
 from trainer.stage_plan import Read, StagePlan, counted
@@ -116,7 +118,7 @@ class Loader:
         return self._plans[stage.name].step_weights(packs)
 
     def latent_shapes(self) -> set[tuple[int, int, int]]:
-        """T, H, W of the windows that any stage trains on."""
+        """T, H, W of the windows that any stage trains on, or holds out for looks."""
         return set().union(*(plan.latent_shapes for plan in self._plans.values()))
 
     def held_out(self, stage: str, limit: int) -> list[list[Read]]:
@@ -202,6 +204,29 @@ class Loader:
     def _segment(self, read: Read) -> Segment:
         dataset, visit = read
         return self._readers[dataset].segment(visit)
+
+
+def open_loader(config: TrainConfig, mixture: Mixture, *, architecture: Architecture, world: World) -> Loader:
+    """This rank's loader of a run, for a model of `architecture`."""
+    return Loader(
+        mixture,
+        config=config,
+        patch_t=architecture.layout.patch_t,
+        images=architecture.layout.image,
+        local_frames=architecture.layout.local_frames,
+        text=architecture.layout.text,
+        shares={stage.name: _share(stage, config, world) for stage in config.stages},
+    )
+
+
+def _share(stage: StageConfig, config: TrainConfig, world: World) -> Share:
+    """This rank's under a stage's mesh; as alone in it where the ranks do not make that mesh."""
+    mesh = stage.mesh or config.mesh
+    try:
+        shape = MeshShape.of(mesh, size=world.size)
+    except ConfigError:  # a stage that is over, or one that says so when it begins
+        return 0, mesh.dp_replicate * mesh.dp_shard
+    return shape.dp_rank(world.rank), shape.dp_size
 
 
 def _check_slots(stage: StageConfig, config: TrainConfig, world_size: int) -> None:

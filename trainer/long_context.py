@@ -4,7 +4,8 @@ Attention over a minute of video costs with the square of its length; here a cli
 matrix per head, whatever its length. Every token sees the whole clip, earlier and later, through it; what it
 gains in reach it loses in sharpness, so it stands beside local attention and not in its place. Its output
 passes a gate that starts at 0: published weights keep their output until training opens it (TTT-Video,
-https://arxiv.org/abs/2504.05298, gates its layers in the same way).
+https://arxiv.org/abs/2504.05298, gates its layers in the same way). Heads never meet before `out`, so ranks
+share them as they share those of attention; norms and gate are whole on every rank.
 
 L tokens of the stream, N heads, D width of a head, E width of the model.
 """

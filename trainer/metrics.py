@@ -111,6 +111,8 @@ class StartRecord:
     """Steps that had been done beyond that one, and are done again."""
     date: str
     """UTC, ISO 8601."""
+    changes: Sequence[str] = ()
+    """What was not as before, in lines (`trainer.resume.resume_notes`)."""
 
 
 class Metrics:
@@ -120,7 +122,16 @@ class Metrics:
     the loss curve cannot be written, as on a full disk.
     """
 
-    def __init__(self, output: Path, *, first_step: int, total_steps: int, normalize: Normalize) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        normalize: Normalize,
+        changes: Sequence[str] = (),
+    ) -> None:
+        """`changes`: as in `StartRecord`."""
         self._output = output
         self._total = total_steps
         self._normalize = normalize
@@ -136,7 +147,7 @@ class Metrics:
         self._board = Board(output / "tensorboard", first_step=first_step)
         self._printed, self._lines = float("-inf"), 0
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        self.add(StartRecord(first_step, repeated_steps=max(0, last - first_step), date=date))
+        self.add(StartRecord(first_step, max(0, last - first_step), date, changes))
 
     def log(self, record: StepRecord) -> None:
         """A step: to the logs, and to the console where the last line is a second old."""

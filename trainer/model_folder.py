@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
@@ -16,6 +17,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTran
 
 from schemas.errors import ConfigError
 from schemas.model_files import ModelFiles, find_model
+from trainer.checkpoint import META_NAME, checkpoints_folder
 from trainer.dit import PackedDiT
 from trainer.lora import LORA_NAME
 from trainer.objective import Schedule, read_schedule
@@ -33,9 +35,10 @@ _BESIDE = (_SCHEDULER, "vae/config.json", "text_encoder/config.json")
 def model_files(init: str, *, revision: str = "", key: str = "model.init") -> ModelFiles:
     """The files of a transformer, of its own or in a pipeline; fetched at need.
 
-    `key` is the setting that names it, for messages. ConfigError where it is not to be had, or holds adapters
-    beside its weights: these would be left out.
+    `key` is the setting that names it, for messages. ConfigError where it is not to be had, is a run that was
+    not exported, or holds adapters beside its weights: these would be left out.
     """
+    _check_exported(init, key)
     files = find_model(
         init,
         subfolder="transformer",
@@ -53,6 +56,19 @@ def model_files(init: str, *, revision: str = "", key: str = "model.init") -> Mo
     return files
 
 
+def _check_exported(init: str, key: str) -> None:
+    """ConfigError where it is the folder of a run, its checkpoints, or one of them."""
+    folder = Path(init).expanduser()
+    here = (folder / META_NAME, *folder.glob("step-*"), checkpoints_folder(folder))
+    has_model = any((folder / name / "config.json").is_file() for name in ("", "transformer"))
+    if not has_model and any(path.exists() for path in here):
+        raise ConfigError(
+            f"{key} = {init!r} holds checkpoints of a run, and they are no model yet: write one with "
+            f"`latentpress export-model {init} OUT`, and --merge where adapters were trained; then set "
+            f"{key} to OUT"
+        )
+
+
 def schedule_of(files: ModelFiles, *, key: str = "model.init") -> Schedule:
     """What a scheduler beside the transformer says, else that of its family."""
     for parent in (files.folder, files.folder.parent):
@@ -68,8 +84,9 @@ def config_of(files: ModelFiles, kind: Kind, *, key: str = "model.init") -> dict
     expected = CLASSES[kind].__name__
     if (found := files.config.get("_class_name", expected)) != expected:
         raise ConfigError(
-            f"{key}: {files.folder} holds a {found}, model.kind = {kind!r} is a {expected}; set model.kind, "
-            "or give a model of that class"
+            f"{key}: {files.folder} is of class {found}, model.kind = {kind!r} takes {expected}; "
+            + ("set model.kind, or " if found in [known.__name__ for known in CLASSES.values()] else "")
+            + "give a model of that class"
         )
     return complete(files.config, kind, key=key)
 

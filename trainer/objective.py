@@ -18,7 +18,6 @@ T, C, H, W latents of one clip.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from schemas.errors import ConfigError
+from schemas.model_weights import read_model_json
 from schemas.train_config import LossConfig
 from trainer.order import keyed_generator
 
@@ -102,21 +102,10 @@ _UNKNOWN_TO_FLOW = (
 """What a flow schedule may be set to beyond `Schedule`."""
 
 
-def read_json(path: Path, *, key: str) -> dict[str, Any]:
-    """The object in a JSON file of a model folder; ConfigError where there is none."""
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {path} cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{key}: {path} holds no JSON object")
-    return tree
-
-
 def read_schedule(path: Path, *, key: str = "model.init") -> Schedule:
     """The schedule, and with it the objective, of a diffusers `scheduler_config.json`; ConfigError where
     none of the objectives has it. `key` is the setting that names its model, for messages."""
-    given = read_json(path, key=key)
+    given = read_model_json(path, key=key)
     config = _scheduler_defaults(given, path) | given
     if str(config["_class_name"]).startswith("FlowMatch"):
         wrong = [

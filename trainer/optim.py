@@ -52,7 +52,7 @@ def set_trainable(model: nn.Module, stage: StageConfig) -> list[str]:
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trainable)
     rows = {**found, "trained": sorted(trainable), "all": list(parameters)}
-    width = max(map(len, rows))
+    width = max(map(len, [*rows, *GROUPS]))  # the same for all stages
     counts = {title: sum(parameters[name].numel() for name in names) for title, names in rows.items()}
     return [
         f"{title:{width}}  {len(names):6d} tensors  {counts[title]:14,d} parameters"

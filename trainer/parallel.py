@@ -69,6 +69,15 @@ class MeshShape:
     tp: int
     """Ranks that share a block's matrices."""
 
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel ranks: each takes packs of its own, and shares them with its sp and tp peers."""
+        return self.dp_replicate * self.dp_shard
+
+    def dp_rank(self, rank: int) -> int:
+        """The same for all ranks that share a pack."""
+        return rank // (self.sp * self.tp)
+
     @classmethod
     def of(cls, mesh: MeshConfig, *, size: int) -> MeshShape:
         """The shape for `size` ranks; ConfigError where they do not multiply to it."""
@@ -106,13 +115,12 @@ class World:
 
     @property
     def dp_size(self) -> int:
-        """Data-parallel ranks: each takes packs of its own, and shares them with its sp and tp peers."""
-        return self.shape.dp_replicate * self.shape.dp_shard
+        """As of `MeshShape`; so is the next."""
+        return self.shape.dp_size
 
     @property
     def dp_rank(self) -> int:
-        """The same on all ranks that share a pack."""
-        return self.rank // (self.shape.sp * self.shape.tp)
+        return self.shape.dp_rank(self.rank)
 
     def under(self, mesh: MeshConfig) -> World:
         """The same processes under a stage's own mesh."""

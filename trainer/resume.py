@@ -129,7 +129,10 @@ def already_finished(config: TrainConfig, saved: Saved | None) -> bool:
     if saved is None or not is_finished(config, saved):
         return False
     draw_missing(Path(config.output), normalize=config.loss.normalize)
-    print(f"nothing to do: {saved.path} has all {saved.step} steps; raise stages.<n>.steps to train longer")
+    print(
+        f"nothing to do: step {saved.step}, the last, is done and in {saved.path}; raise stages.<n>.steps to "
+        "train longer"
+    )
     return True
 
 

@@ -1,10 +1,11 @@
 """Writing checkpoints, beside training: a step's state in, a complete `step-N/` out.
 
-A checkpoint is written under a temporary name; meta.json, with the size of every file, comes last;
-then everything is flushed and the folder renamed; an old one is renamed before it is removed. A kill
-therefore leaves complete checkpoints and temporary names only. In the background the step waits for a
-copy to host memory alone, at the price of that memory; ranks then agree over a process group of their own,
-and a checkpoint is complete as soon as its last byte is on disk.
+A checkpoint is written under a temporary name, each rank reading its files back for their checksums;
+meta.json, with the size and checksum of every file, comes last; then everything is flushed and the folder
+renamed; an old one is renamed before it is removed. A kill therefore leaves complete checkpoints and
+temporary names only. In the background the step waits for a copy to host memory alone, at the price of that
+memory; ranks then agree over a process group of their own, and a checkpoint is complete as soon as its last
+byte is on disk.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +28,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_now
@@ -37,7 +40,9 @@ from trainer.checkpoint import (
     META_NAME,
     Saved,
     all_complete,
+    causes,
     checkpoints_folder,
+    file_checksum,
     find_checkpoint,
     optimizer_state,
 )
@@ -63,14 +68,13 @@ class Saver:
         # disk is no failure, so it waits long.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         cuda = world.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=cuda,
-            )
+        self._staging = StagingOptions(
+            use_pinned_memory=cuda,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=cuda,
         )
+        self._stager = DefaultStager(self._staging)
         self._last: Path | None = None
         self._writing: Future[Metadata] | None = None
         world.on_main(self._remove_leftovers)
@@ -88,6 +92,8 @@ class Saver:
         self._last = final
         with _disk_errors(final):
             if self._background:
+                if torch.__version__ < "2.13":  # before, a stager is closed by its first use
+                    self._stager = DefaultStager(self._staging)
                 writing = async_save(
                     state, storage_writer=writer, process_group=self._group, async_stager=self._stager
                 )
@@ -134,6 +140,13 @@ class Saver:
                     path.unlink()
 
 
+@dataclass(frozen=True)
+class _Written(WriteResult):
+    """As torch gathers them on one rank, with the checksum of the file it is in."""
+
+    checksum: str
+
+
 class _Writer(FileSystemWriter):
     """Writes under a temporary name and makes the checkpoint complete, as the last act of the save.
 
@@ -147,11 +160,28 @@ class _Writer(FileSystemWriter):
         self._meta = meta
         self._keep = keep
 
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        results = super().write_data(plan, planner).wait()
+        names = {result.storage_data.relative_path for result in results}
+        sums = {name: file_checksum(self._temporary / name) for name in names}
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result(
+            [_Written(**vars(each), checksum=sums[each.storage_data.relative_path]) for each in results]
+        )
+        return done
+
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         folder, temporary, final = self._final.parent, self._temporary, self._final
-        files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        _write_durably(temporary / META_NAME, json.dumps({**self._meta, "files": files}, indent=1) + "\n")
+        paths = sorted(temporary.iterdir())
+        written = (each for part in results for each in part if isinstance(each, _Written))
+        sums = {each.storage_data.relative_path: each.checksum for each in written}
+        meta = {
+            **self._meta,
+            "files": {path.name: path.stat().st_size for path in paths},
+            "checksums": {path.name: sums.get(path.name) or file_checksum(path) for path in paths},
+        }
+        _write_durably(temporary / META_NAME, json.dumps(meta, indent=1) + "\n")
         _flush_folder(temporary)
         if final.exists():  # an incomplete one of the same step, or it would have been resumed from
             _remove(final)
@@ -168,10 +198,9 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException) as error:
-        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
-        why = "; ".join(sorted({str(cause) for cause, _ in failures}))
         raise RunError(
-            f"{path} cannot be saved: {why}; what is saved stays: make room, and run again to resume"
+            f"{path} cannot be saved: {causes(error)}; what is saved stays: make room, and run again to "
+            "resume"
         ) from error
 
 

@@ -71,6 +71,9 @@ class SequenceParallel:
             values["learned_row"] = inputs.learned_row[torch.cat([video_rows, text_rows])]
         return PackedShare(**values, video_counts=tuple(int((run < videos).sum()) for run in runs))
 
+    # The compiler breaks off before an exchange: it may order operations otherwise on each rank, and ranks
+    # that do not trade the same things at the same time wait for ever.
+
     def attention(self, function: AttentionFunction) -> AttentionFunction:
         """`function` on runs: q, k, v [l, N, D] -> [l, N, D]; bounds are those of the whole stream."""
 

@@ -16,7 +16,8 @@ import torch
 from schemas.errors import ConfigError
 from schemas.train_config import TrainConfig
 from trainer.architecture import Architecture, DataShape, architecture
-from trainer.attention import Attention, sdpa, sdpa_cross
+from trainer.attention import UNCALLED
+from trainer.curriculum import Source, first_weights
 from trainer.lora import add_adapters
 from trainer.model import PackedModel, build_model
 from trainer.objective import make_objective
@@ -30,28 +31,28 @@ def run_architecture(config: TrainConfig, data: DataShape) -> Architecture:
 
     Where the first stage brings weights, theirs: `model.init` is then not asked for.
     """
-    if config.stages[0].init in ("", "random"):
-        return architecture(config.model, data)
-    return _brought(config, 0, data)
+    source = first_weights(config, 0)
+    assert source is not None
+    # A stage's own "random" says how weights begin, and `model` alone of which transformer.
+    return architecture(config.model, data) if source.init == "random" else _brought(config, source, data)
 
 
-def check_stages(config: TrainConfig, plan: Architecture, data: DataShape, *, step: int) -> None:
-    """ConfigError naming the setting of a stage, of those that end after `step`, that does not fit `plan`.
+def check_stages(config: TrainConfig, transformer: Architecture, data: DataShape, *, step: int) -> None:
+    """ConfigError naming the setting of a stage that does not fit the run's `transformer`.
 
-    `plan` is the run's transformer, of a checkpoint or of `run_architecture`.
+    Of the stages that end after `step`; the transformer is that of a checkpoint or of `run_architecture`.
     """
     ends, moves, trains_context, new_context = 0, False, False, False
     for i, stage in enumerate(config.stages):
         begins, ends = ends, ends + stage.steps
         if ends <= step:
             continue
-        model = _check_settings(config, i, plan)
-        init = stage.init or ("" if i else config.model.init)
-        if init and begins >= step:
-            if i and init != "random":
-                _check_same(config, plan, _brought(config, i, data), key=f"stages.{i}.init")
-            key, revision = (f"stages.{i}.init", "") if stage.init else ("model.init", config.model.revision)
-            drawn = drawn_names(init, model, revision=revision, key=key)
+        model = _check_settings(config, i, transformer)
+        source = first_weights(config, i)
+        if source is not None and begins >= step:
+            if i and source.init != "random":
+                _check_same(config, transformer, _brought(config, source, data), key=source.key)
+            drawn = drawn_names(source.init, model, revision=source.revision, key=source.key)
             new_context |= i == 0 and any(".long_context." in name for name in drawn)
         moves |= max(stage.lr.peak, *(group.peak for group in stage.lr.groups), 0.0) > 0
         trains_context |= any(
@@ -60,16 +61,16 @@ def check_stages(config: TrainConfig, plan: Architecture, data: DataShape, *, st
         )
     if new_context and moves and not trains_context:
         raise ConfigError(
-            f"model.long_context = {plan.long_context!r}: its layers are new, and no stage trains them; add "
-            '"@long_context" to stages.<n>.trainable, or set model.long_context = "none"'
+            f"model.long_context = {transformer.long_context!r}: its layers are new, and no stage trains "
+            'them; add "@long_context" to stages.<n>.trainable, or set model.long_context = "none"'
         )
 
 
-def _check_settings(config: TrainConfig, i: int, plan: Architecture) -> PackedModel:
+def _check_settings(config: TrainConfig, i: int, transformer: Architecture) -> PackedModel:
     """The model of stage `i` as it is trained, without memory; ConfigError where settings do not fit."""
     stage = config.stages[i]
     with torch.device("meta"), _under(f"stages.{i}."):
-        model = build_model(plan, Attention("sdpa", "never called", sdpa, sdpa_cross))
+        model = build_model(transformer, UNCALLED)
         if stage.lora:
             add_adapters(model, stage.lora)
         set_trainable(model, stage)
@@ -89,17 +90,18 @@ def _under(prefix: str) -> Iterator[None]:
         raise ConfigError(f"{prefix}{error}") from error
 
 
-def _brought(config: TrainConfig, i: int, data: DataShape) -> Architecture:
-    """What the `init` of stage `i` names."""
-    model = config.model.model_copy(update={"init": config.stages[i].init, "revision": ""})
-    return architecture(model, data, key=f"stages.{i}.init")
+def _brought(config: TrainConfig, source: Source, data: DataShape) -> Architecture:
+    """The transformer that weights belong to."""
+    model = config.model.model_copy(update={"init": source.init, "revision": source.revision})
+    return architecture(model, data, key=source.key)
 
 
-def _check_same(config: TrainConfig, plan: Architecture, found: Architecture, *, key: str) -> None:
-    wrong = _differences(plan.config, found.config)
+def _check_same(config: TrainConfig, transformer: Architecture, found: Architecture, *, key: str) -> None:
+    wrong = _differences(transformer.config, found.config)
     if found.schedule.objective:  # else it says nothing of its schedule, and learns the run's
-        run, own = (make_objective(config.loss, each.schedule, key=key).schedule for each in (plan, found))
-        wrong += _differences(asdict(run), asdict(own))
+        schedules = [each.schedule for each in (transformer, found)]
+        run, own = (asdict(make_objective(config.loss, each, key=key).schedule) for each in schedules)
+        wrong += _differences(run, own)
     if wrong:
         raise ConfigError(
             f"{key} brings another model than the run's, which has one for all stages: {'; '.join(wrong)}; "

@@ -83,8 +83,9 @@ class StagePlan:
             local_frames=local_frames,
             text=text,
         )
-        self.tokens.check_budget(stage, np.flatnonzero(wanted))
-        self.tokens.check_multiple(stage, self.rows)
+        self._used = np.flatnonzero(wanted)  # also those held out, which looks take
+        self.tokens.check_budget(stage, self._used)
+        self.tokens.check_multiple(stage, self._used)
         # Where windows may begin: at every latent frame, or at those of whole pieces.
         geometry = mixture.card.geometry
         piece = geometry.latent_frames(geometry.segment_frames) if stage.window == "segments" else 1
@@ -114,8 +115,8 @@ class StagePlan:
 
     @property
     def latent_shapes(self) -> set[tuple[int, int, int]]:
-        """T, H, W of the windows that are trained on."""
-        shapes = np.column_stack([self.latent_frames, self._sides])[self.rows]
+        """T, H, W of the windows that are trained on, or held out for looks."""
+        shapes = np.column_stack([self.latent_frames, self._sides])[self._used]
         return {(t, h, w) for t, h, w in np.unique(shapes, axis=0).tolist()}
 
     def step(self, step: int) -> Step:

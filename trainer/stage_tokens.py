@@ -32,7 +32,7 @@ class StageTokens:
         text: Literal["joint", "cross"],
     ) -> None:
         """`latent_frames` [n] are those of the windows; the rest as of `StagePlan`."""
-        catalogs, geometry = mixture.catalogs, mixture.card.geometry
+        catalogs = mixture.catalogs
         shapes = np.concatenate([each.shapes for each in catalogs])
         self.cells = shapes[:, 2] // PATCH * (shapes[:, 3] // PATCH)
         """Tokens of a latent frame, or of `patch_t` of them."""
@@ -41,7 +41,7 @@ class StageTokens:
         self.spans = num_spans(
             latent_frames,
             local_frames=local_frames,
-            leading_frames=int(geometry.causal and not geometry.segment_frames),
+            leading_frames=mixture.card.geometry.leading_frames,
             patch_t=patch_t,
         )
         """Attention spans of a window, each with its prompt."""
@@ -50,11 +50,12 @@ class StageTokens:
         """Of one span."""
         self.whole = self.video + self.spans * self.prompts
         """Video and prompt, with the caption."""
-        self.uncaptioned = self.whole
-        """With the empty prompt in its place; without caption dropout the same."""
+        self._empty = self.prompts
         if data.caption_dropout:
             empty = np.repeat([each.empty_prompt_tokens for each in catalogs], np.diff(mixture.starts))
-            self.uncaptioned = self.video + self.spans * self._in_stream * empty
+            self._empty = self._in_stream * empty
+        self.uncaptioned = self.video + self.spans * self._empty
+        """With the empty prompt in its place; without caption dropout the same."""
         self._mixture, self._data = mixture, data
 
     def check_budget(self, stage: StageConfig, used: np.ndarray) -> None:
@@ -72,13 +73,16 @@ class StageTokens:
             )
 
     def check_multiple(self, stage: StageConfig, used: np.ndarray) -> None:
-        """ConfigError where one of the rows `used` breaks the stage's token rule."""
+        """ConfigError where one of the rows `used`, with its caption or without, breaks the token rule."""
         multiple = stage.token_multiple
-        tokens = self.whole[used]
-        if not (tokens % multiple).any():
+        tokens = np.stack([self.whole, self.uncaptioned])[:, used]
+        breaks = np.argwhere(tokens % multiple > 0)
+        if not len(breaks):
             return
-        row = int(used[np.argmax(tokens % multiple > 0)])
-        spans, prompt = int(self.spans[row]), int(self.prompts[row])
+        dropped, at = breaks[0].tolist()
+        row = int(used[at])
+        spans, prompt = int(self.spans[row]), int((self._empty if dropped else self.prompts)[row])
+        caption = "empty prompt" if dropped else "prompt"
         kinds = np.unique(np.column_stack([self.video, self.spans])[used] % multiple, axis=0)
         shorter, longer = (
             range(prompt - 1, max(0, prompt - 1 - multiple), -1),
@@ -92,7 +96,7 @@ class StageTokens:
         ]
         raise ConfigError(
             f"stage {stage.name!r}: token_multiple = {multiple}, sample {self._mixture.sample_id(row)} "
-            f"has {self.whole[row]} tokens ({self.video[row]} video, {spans} x {prompt} prompt); "
+            f"has {tokens[dropped, at]} tokens ({self.video[row]} video, {spans} x {prompt} {caption}); "
             + (
                 f"prompts of {' or '.join(map(str, near))} tokens (text_encoder.max_length, with padding = "
                 "'full') suit all windows"

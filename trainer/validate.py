@@ -25,7 +25,7 @@ from trainer.metrics import duration_sums, loss_by_duration
 from trainer.objective import Objective
 from trainer.packing import Pack, Segment
 from trainer.parallel import World
-from trainer.stage_plan import Read
+from trainer.stage_plan import Read, counted
 
 Predict = Callable[[PackedInputs], torch.Tensor]
 """The model as all ranks run it together: inputs on the host in, [V, P] out. Every rank calls it as often
@@ -65,7 +65,7 @@ class ValidationRecord:
     def __str__(self) -> str:
         levels = ", ".join(f"{loss:.4f} at {level}" for level, loss in self.loss_by_timestep.items())
         shuffled = "" if self.shuffled_loss is None else f"; captions exchanged {self.shuffled_loss:.4f}"
-        return f"validation: loss {self.loss:.4f} of {self.clips} clips ({levels}){shuffled}"
+        return f"validation: loss {self.loss:.4f} of {counted(self.clips, 'clip')} ({levels}){shuffled}"
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def validate(
     readable, flat = torch.tensor(world.sum(numbers.tolist())).split([len(visits), table.numel()])
     if not readable.any():
         raise RunError(
-            f"validation: none of the {len(visits)} clips can be read; `latentpress verify` says more"
+            f"validation: of {counted(len(visits), 'clip')} none can be read; `latentpress verify` says more"
         )
     own, exchanged_loss = flat.view_as(table)[readable > 0].unbind(1)
     seconds = [visit.seconds for visit, there in zip(visits, readable.tolist(), strict=True) if there]

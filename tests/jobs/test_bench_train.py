@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.packing import CURRICULUM_S, OURS, contenders, durations, summarize, tokens_of
-from benchmarks.train_step import IN_BATCH, ONE, PACKED, PADDED, StepSettings, plan_ways
+from benchmarks.step_ways import IN_BATCH, ONE, PACKED, PADDED, StepSettings, plan_ways
 from jobs.bench_packing import packing
 from jobs.bench_train import settings, train
 from schemas.errors import ConfigError

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +144,13 @@ def test_torchrun_starts_the_same_run(folder: Path, tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "run").meta["mesh"]["ranks"] == 2
 
 
+def _terminated_at_a_step(run: Path) -> None:
+    """This process, once a run has made its first step."""
+    while not (run / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -151,7 +161,7 @@ def test_ray_train_runs_it_on_its_workers_and_hands_errors_back(folder: Path, tm
     from jobs.ray_train import fit, submit_ray
 
     path = config_file(folder, steps=2)
-    with pytest.raises(RunError, match=r"no Ray cluster at localhost:1: .*refused"):
+    with pytest.raises(ConfigError, match=r"--ray = 'localhost:1': nothing answers there .*refused"):
         submit_ray(path, overrides=[], stage=None, address="localhost:1", workers=2)
     cluster: Any = ray.init(
         address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False
@@ -168,5 +178,12 @@ def test_ray_train_runs_it_on_its_workers_and_hands_errors_back(folder: Path, tm
         with pytest.raises(RunError, match=r"model\.attention = 'flash_attn_3'"):
             fit(wrong, workers=1)
         assert not checkpoints_folder(tmp_path / "wrong").exists()
+        told, before = tmp_path / "told", signal.getsignal(signal.SIGTERM)
+        threading.Thread(target=_terminated_at_a_step, args=(told,), daemon=True).start()
+        fit(run_config(path, overrides=[f"output={told}", "stages.0.steps=1000000"], stage=None), workers=1)
+        assert find_checkpoint(told).step == max(
+            record["step"] for record in read_records(told / "metrics.jsonl")
+        )
+        assert signal.getsignal(signal.SIGTERM) == before
     finally:
         ray.shutdown()

@@ -327,7 +327,7 @@ def test_a_driver_that_is_ended_takes_its_children_with_it(
     code, said = driver.end()
     if number == signal.SIGTERM:
         assert code == 1, said
-        assert "interrupted; preprocess, import and train go on where they were" in said[-1]
+        assert "interrupted; preprocess and import go on where they were" in said[-1]
     await_end(children)
     assert_finishes(manifest, tmp_path / "out", undisturbed)
 

@@ -28,6 +28,12 @@ def test_cogvideox_arithmetic() -> None:
     assert video_tokens(shape) == 13 * 30 * 45
 
 
+def test_a_frame_leads_where_the_clips_first_alone_has_a_latent_frame_of_its_own() -> None:
+    assert COGVIDEOX.leading_frames == 1
+    assert replace(COGVIDEOX, causal=False).leading_frames == 0
+    assert replace(COGVIDEOX, segment_frames=9).leading_frames == 0
+
+
 @given(st.integers(1, 500))
 def test_the_frame_rule_names_the_nearest_valid_counts(num_frames: int) -> None:
     if num_frames % 4 == 1:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from schemas.bucket import PATCH, Geometry, bucket_name
 from schemas.card import card_bytes, card_path, make_card
-from schemas.config import BucketConfig, FramesConfig, PreprocessConfig
+from schemas.config import BucketConfig, FramesConfig, PreprocessConfig, TextEncoderConfig
 from schemas.index import index_schema
 from schemas.sample import caption_digest, sample_id
 from schemas.scaling import Scaling
@@ -51,6 +51,7 @@ def make_catalog(
     geometry: Geometry = GEOMETRY,
     scaling: Scaling | None = None,
     prompt_width: int = 8,
+    prompt_rows: int = 226,
     seed: int = 0,
 ) -> Catalog:
     """`seed` makes it another dataset (another fingerprint) of the same numbers."""
@@ -61,6 +62,7 @@ def make_catalog(
         output=str(root),
         buckets=tuple(BucketConfig(num_frames=f, height=h, width=w) for f, h, w in shapes),
         frames=FramesConfig(policy="fps", target_fps=FPS + seed),
+        text_encoder=TextEncoderConfig(max_length=prompt_rows),
     )
     card = make_card(
         config,

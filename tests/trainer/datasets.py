@@ -26,6 +26,8 @@ from schemas.scaling import ImageLatents, Scaling
 GEOMETRY = Geometry(temporal=4, spatial=8, channels=16)
 FPS = 8.0
 PROMPT_WIDTH = 24
+PROMPT_ROWS = 8
+"""Of the longest."""
 
 Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = (
@@ -77,7 +79,7 @@ def write_dataset(
         output=str(root),
         buckets=tuple(BucketConfig(num_frames=f, height=h, width=w) for f, h, w in sorted(set(shapes))),
         video_encoder=VideoEncoderConfig(store=store, dtype=dtype),
-        text_encoder=TextEncoderConfig(padding=padding),
+        text_encoder=TextEncoderConfig(max_length=PROMPT_ROWS, padding=padding),
     )
     card = make_card(
         config,

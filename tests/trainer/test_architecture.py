@@ -18,6 +18,7 @@ from tests.trainer.datasets import write_dataset
 from tests.trainer.stock import SDPA, packed_model, stock_model, tiny_architecture
 from trainer.architecture import Architecture, DataShape, architecture, data_shape
 from trainer.catalog import Catalog
+from trainer.checkpoint import META_NAME
 from trainer.collate import collate
 from trainer.inputs import INPUTS_NAME
 from trainer.layout import check_clips
@@ -63,8 +64,10 @@ def test_a_record_says_all_of_it(changes: dict[str, Any]) -> None:
 
 def test_of_pieces_encoded_apart_no_frame_leads(tmp_path: Path) -> None:
     catalog = Catalog(write_dataset(tmp_path / "set"))
-    geometry = catalog.card.geometry
-    assert data_shape(catalog).leading_frames == int(geometry.causal and not geometry.segment_frames)
+    assert data_shape(catalog).leading_frames == 1
+    pieces = replace(catalog.card.geometry, segment_frames=9)
+    catalog.card = catalog.card.model_copy(update={"geometry": pieces})
+    assert data_shape(catalog).leading_frames == 0
 
 
 def test_leading_frames_are_the_datasets() -> None:
@@ -186,6 +189,25 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
         architecture(ModelConfig(init=str(tmp_path)), DATA)
 
 
+@pytest.mark.parametrize("name", ["run", "run/checkpoints", "run/checkpoints/step-000003"])
+def test_a_run_is_exported_before_it_starts_another(tmp_path: Path, name: str) -> None:
+    init = tmp_path / name
+    step = tmp_path / "run" / "checkpoints" / "step-000003"
+    step.mkdir(parents=True)
+    (step / META_NAME).write_text("{}")
+    with pytest.raises(ConfigError, match=rf"`latentpress export-model {init} OUT`, and --merge"):
+        architecture(ModelConfig(init=str(init)), DATA)
+    # A model is one whatever lies beside it.
+    stock_model("5b").save_pretrained(init)
+    architecture(ModelConfig(init=str(init)), DATA)
+
+
+def test_a_model_of_another_class_is_named(folder: Path) -> None:
+    (folder / "config.json").write_text('{"_class_name": "AutoencoderKLCogVideoX"}')
+    with pytest.raises(ConfigError, match=r"of class AutoencoderKL.*3DModel; give a model of that class"):
+        architecture(ModelConfig(init=str(folder)), DATA)
+
+
 def test_an_image_to_video_model_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     stock_model("5b-i2v").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="out_channels = 4, the dataset has 8"):
@@ -217,7 +239,11 @@ def test_the_loader_knows_the_shapes_of_all_windows(tmp_path: Path) -> None:
 
 def test_settings_that_a_model_cannot_have_are_refused(tmp_path: Path) -> None:
     stock_model("5b-i2v").save_pretrained(tmp_path / "i2v")
-    without_images = data_shape(Catalog(write_dataset(tmp_path / "set")))
+    dataset, images = (
+        write_dataset(tmp_path / "set"),
+        write_dataset(tmp_path / "images", image="first_latent"),
+    )
+    without_images = data_shape(Catalog(images), Catalog(dataset))
     stock_model("5b").save_pretrained(tmp_path / "5b")
     for changes, data, message in (
         ({"init": str(tmp_path / "5b"), "num_layers": 3}, DATA, r"model\.num_layers = 3, it has 2; remove"),
@@ -230,8 +256,12 @@ def test_settings_that_a_model_cannot_have_are_refused(tmp_path: Path) -> None:
         ({"text": "cross"}, DATA, "is for model.kind = 'dit'"),
         ({"local_frames": 3, "patch_size_t": 2}, DATA, "local_frames = 3: expected a multiple of 2"),
         ({"init": str(tmp_path / "i2v"), "num_layers": 2, "local_frames": 2}, DATA, "leave local_frames = 0"),
-        ({"init": str(tmp_path / "i2v"), "kind": "dit"}, DATA, "holds a CogVideoXTransformer3DModel"),
-        ({"image_condition": True}, without_images, "video_encoder.image_latents = true"),
+        ({"init": str(tmp_path / "i2v"), "kind": "dit"}, DATA, "is of class CogVideoX.*; set model.kind"),
+        (
+            {"image_condition": True},
+            without_images,
+            f"and {dataset} has no latents of it: preprocess with vid",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             architecture(settings(**changes), data)

@@ -172,6 +172,54 @@ def test_an_incomplete_checkpoint_is_passed_over(folder: Path, damage: str) -> N
     assert saved.step == 2
 
 
+def complaint(world: World, path: str) -> str:
+    """What is said of a checkpoint's files; nothing where they are as they were saved."""
+    try:
+        checkpoint.check_files(find_checkpoint(Path(path)))
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def test_a_damaged_file_is_named_on_all_ranks_with_what_to_do(folder: Path) -> None:
+    last = folder / "step-000003"
+    assert sorted(json.loads((last / "meta.json").read_text())["checksums"]) == sorted(
+        path.name for path in last.iterdir() if path.name != "meta.json"
+    )
+    assert on_two_ranks(complaint, str(last)) == ["", ""]
+    for name in (
+        "__0_0.distcp",
+        "__1_0.distcp",
+        ".metadata",
+    ):  # of each rank, and where all is
+        path = last / name
+        data = path.read_bytes()
+        path.write_bytes(
+            data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
+        )
+        said = on_two_ranks(complaint, str(last))
+        assert said[0] == said[1] == alone(complaint, str(last))
+        assert f"step-000003 is damaged: not as saved: {name}; move it out of " in said[0]
+        assert said[0].endswith("checkpoints to go on from step-000002")
+        path.write_bytes(data)
+    (last / ".metadata").write_bytes(bytes((last / ".metadata").stat().st_size))
+    shutil.rmtree(folder / "step-000002")
+    with pytest.raises(RunError, match=r"step-000003 cannot be read: .*there is no older one to go on from"):
+        alone(load, str(last))
+    with pytest.raises(RunError, match=r"step-000003 cannot be read: .*UnpicklingError"):
+        checkpoint.read_metadata(find_checkpoint(last))
+
+
+def test_a_file_of_many_pieces_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 10)
+    path = tmp_path / "file"
+    found = set()
+    for at in range(35):
+        path.write_bytes(bytes(at) + b"1" + bytes(34 - at))
+        found.add(checkpoint.file_checksum(path))
+    assert len(found) == 35
+
+
 def test_a_save_that_dies_leaves_the_previous_one_and_is_cleaned_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 
 from schemas.errors import ConfigError
-from schemas.train_config import LrConfig, StageConfig
-from trainer.curriculum import lr_at, stage_at, total_steps
+from schemas.train_config import LrConfig, StageConfig, TrainConfig
+from trainer.curriculum import Source, first_weights, lr_at, stage_at, total_steps
 
 STAGES = tuple(
     StageConfig(name=name, steps=steps, lr=LrConfig(peak=1.0))
@@ -26,6 +26,20 @@ def test_every_step_belongs_to_one_stage_in_order() -> None:
 def test_a_step_outside_the_run_says_where_it_ends(step: int) -> None:
     with pytest.raises(ConfigError, match=rf"step = {step} is outside .* 3 stages have steps 0 to 5"):
         stage_at(step, STAGES)
+
+
+def test_a_stage_brings_weights_or_goes_on_and_the_first_has_the_models() -> None:
+    stages = [{"name": name, "steps": 1, "lr": {"peak": 1.0}, "init": name} for name in ("own", "", "later")]
+    model = {"init": "base", "revision": "v1"}
+    config = TrainConfig.model_validate({"dataset": "d", "output": "o", "model": model, "stages": STAGES})
+    assert first_weights(config, 0) == Source("base", revision="v1", key="model.init")
+    stages[1]["name"] = "next"
+    config = config.model_copy(update={"stages": tuple(map(StageConfig.model_validate, stages))})
+    assert [first_weights(config, number) for number in range(3)] == [
+        Source("own", revision="", key="stages.0.init"),
+        None,
+        Source("later", revision="", key="stages.2.init"),
+    ]
 
 
 def test_warmup_then_cosine_to_zero() -> None:

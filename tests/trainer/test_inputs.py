@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from schemas.card import Card, make_card
-from schemas.config import BucketConfig, PreprocessConfig
+from schemas.config import BucketConfig, PreprocessConfig, TextEncoderConfig
 from schemas.errors import ConfigError
 from schemas.model_weights import VAE_WEIGHTS, weight_files, weights_sha256
 from schemas.scaling import ImageScaling, Scaling
@@ -18,7 +18,9 @@ from tests.trainer.datasets import GEOMETRY
 from trainer.inputs import check_attention, check_inputs, inputs_of
 
 COGVIDEOX = {"kind": "diffusers", "class": "AutoencoderKLCogVideoX"}
-ROTARY, PLAIN = ({"use_rotary_positional_embeddings": rotary} for rotary in (True, False))
+ROTARY, PLAIN = (
+    {"use_rotary_positional_embeddings": rotary, "max_text_seq_length": 226} for rotary in (True, False)
+)
 
 T5_TEXT: dict[str, Any] = {
     "kind": "t5",
@@ -42,10 +44,17 @@ def card(
     factor: float = 0.7,
     image_scaling: ImageScaling | None = None,
     text: dict[str, Any] | None = None,
+    rows: int = 226,
+    padding: Literal["full", "trim"] = "full",
 ) -> Card:
     bucket = BucketConfig(num_frames=9, height=32, width=48)
     return make_card(
-        PreprocessConfig(manifest="m", output="o", buckets=(bucket,)),
+        PreprocessConfig(
+            manifest="m",
+            output="o",
+            buckets=(bucket,),
+            text_encoder=TextEncoderConfig(max_length=rows, padding=padding),
+        ),
         video_fields=fields,
         text_fields=text or {},
         scaling=Scaling(rule="factor", factor=factor),
@@ -151,10 +160,26 @@ def test_prompts_are_those_of_a_cogvideox(tmp_path: Path) -> None:
     for text in (WAN_TEXT, {**T5_TEXT, "attention_mask": True, "family": "wan"}):
         with pytest.raises(ConfigError, match=r"text_encoder\.family = 'wan', .* those of 'cogvideox'"):
             check_inputs(card(COGVIDEOX, text=text), tmp_path, ROTARY)
-    trimmed = card(COGVIDEOX)
-    trimmed.hard["prompts"]["text_encoder.padding"] = "trim"
     with pytest.raises(ConfigError, match=r"text_encoder\.padding = 'trim', and the weights know"):
-        check_inputs(trimmed, tmp_path, ROTARY)
+        check_inputs(card(COGVIDEOX, padding="trim"), tmp_path, ROTARY)
+
+
+@pytest.mark.parametrize("rows", [16, 512])
+def test_weights_from_elsewhere_know_as_many_rows_as_their_config_says(tmp_path: Path, rows: int) -> None:
+    message = rf"prompts have {rows} rows, .* know 226 \(text_encoder\.max_length = 226\)"
+    with pytest.raises(ConfigError, match=message):
+        check_inputs(card(COGVIDEOX, text=T5_TEXT, rows=rows), tmp_path, ROTARY)
+    check_inputs(card(COGVIDEOX, text=T5_TEXT, rows=rows), tmp_path, {**ROTARY, "max_text_seq_length": rows})
+
+
+def test_weights_trained_here_know_the_rows_they_were_trained_on(tmp_path: Path) -> None:
+    folder = said(tmp_path / "full", card(COGVIDEOX, text=T5_TEXT, rows=16))
+    check_inputs(card(COGVIDEOX, text=T5_TEXT, rows=16), folder, ROTARY)
+    with pytest.raises(ConfigError, match=r"max_length is 226, latents\.json has 16"):
+        check_inputs(card(COGVIDEOX, text=T5_TEXT), folder, ROTARY)
+    # Without pad rows the length is only where captions are cut.
+    folder = said(tmp_path / "trim", card(COGVIDEOX, text=WAN_TEXT, rows=16, padding="trim"))
+    check_inputs(card(COGVIDEOX, text=WAN_TEXT, padding="trim"), folder, ROTARY)
 
 
 def test_the_text_encoder_of_the_same_pipeline_is_compared(tmp_path: Path) -> None:

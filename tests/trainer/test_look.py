@@ -20,15 +20,16 @@ from schemas.load import check_config
 from schemas.train_config import TrainConfig
 from tests.trainer.datasets import write_dataset
 from tests.trainer.gloo import on_two_ranks
-from trainer import loop, sharding
+from trainer import loop, sharding, stage_model
 from trainer.checkpoint import find_checkpoint
 from trainer.export import export
-from trainer.look import show
+from trainer.look import Looks, show
 from trainer.metrics import read_records
 from trainer.model import PackedModel, build_model
 from trainer.objective import read_schedule
 from trainer.parallel import Member, World, join
 from trainer.sample import Sample
+from trainer.saver import Saver
 from trainer.sharding import fill
 
 Written = list[tuple[str, list[tuple[str, torch.Tensor]]]]
@@ -65,6 +66,21 @@ def run_and_stop(world: World, config: TrainConfig, after: int) -> Written:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "clip_grad_norm", counting)
         return run(world, config)
+
+
+def run_and_stop_in(world: World, config: TrainConfig, owner: type, name: str) -> list[int]:
+    """The last rank is told to stop in each call of a method; the steps that there are records of."""
+    method = getattr(owner, name)
+
+    def told(*args: Any, **kwargs: Any) -> None:
+        if world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        method(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, told)
+        run(world, config)
+    return [record["step"] for record in read_records(Path(config.output) / "metrics.jsonl")]
 
 
 def alone(config: TrainConfig) -> Written:
@@ -203,6 +219,20 @@ def test_a_stop_during_a_look_begins_no_further_stage(dataset: Path, tmp_path: P
     assert [record["step"] for record in validations(tmp_path)] == [2, 4]
 
 
+def test_a_stop_during_a_look_or_a_save_begins_no_further_step(dataset: Path, tmp_path: Path) -> None:
+    stages = [STAGES[0] | {"steps": 5}]
+    looks = {"share": 0.5, "every": 2, "timesteps": [0.5]}
+    settings = config(dataset, tmp_path / "look", stages=stages, validation=looks)
+    assert on_two_ranks(run_and_stop_in, settings, Looks, "take")[0] == [1, 2]
+    assert [record["step"] for record in validations(tmp_path / "look")] == [2]
+    on_two_ranks(run_and_stop, settings, 2)  # before the look after step 4, which is owed
+    assert on_two_ranks(run_and_stop_in, settings, Looks, "take")[0] == [1, 2, 3, 4]
+    assert [record["step"] for record in validations(tmp_path / "look")] == [2, 4]
+    every = config(dataset, tmp_path / "save", stages=stages, validation={}, checkpoint={"every": 3})
+    assert on_two_ranks(run_and_stop_in, every, Saver, "save")[0] == [1, 2, 3]
+    assert find_checkpoint(tmp_path / "save").step == 3
+
+
 def test_runs_of_all_seeds_are_held_against_the_same_clips_and_noise(dataset: Path, tmp_path: Path) -> None:
     """Random weights predict 0, so only clips, noise and noise levels make the number."""
     still = [{"name": "only", "steps": 1, "lr": {"peak": 0.0}}]
@@ -228,8 +258,8 @@ def test_a_stage_does_not_hold_the_model_of_the_one_before(
         fill(model, *args, **kwargs)
         made.extend(weakref.ref(parameter) for parameter in model.parameters())
 
-    monkeypatch.setattr(loop, "build_model", watching)
-    monkeypatch.setattr(loop, "fill", noting)
+    monkeypatch.setattr(stage_model, "build_model", watching)
+    monkeypatch.setattr(stage_model, "fill", noting)
     gc.disable()  # which might else come at the right time
     try:
         alone(config(dataset, tmp_path, stages=STAGES))

@@ -123,6 +123,25 @@ def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(
     assert len(saved_bytes(tmp_path)) == 2
 
 
+def test_a_damaged_checkpoint_is_neither_resumed_nor_exported(
+    dataset: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    last = find_checkpoint(tmp_path / "run")
+    path = sorted(last.path.glob("*.distcp"))[-1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    longer = config(dataset, tmp_path / "run", stages=[STAGES[0] | {"steps": 7}])
+    with pytest.raises(
+        RunError, match=f"is damaged: not as saved: {path.name}; .* to go on from step-000004"
+    ):
+        alone(run, longer)
+    with pytest.raises(RunError, match="is damaged"):
+        export(last, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
 def test_resuming_an_older_checkpoint_repeats_the_same_steps(
     dataset: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

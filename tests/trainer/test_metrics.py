@@ -79,6 +79,14 @@ def test_both_logs_have_every_step_once_after_a_resume(tmp_path: Path) -> None:
     assert [(start["step"], start["repeated_steps"]) for start in starts] == [(0, 0), (3, 2)]
 
 
+def test_a_start_says_what_is_not_as_it_was(tmp_path: Path) -> None:
+    run(tmp_path, first=0, last=5)
+    with Metrics(tmp_path, first_step=3, total_steps=9, normalize="per_clip", changes=["a: 1 -> 2"]):
+        pass
+    starts = read_records(tmp_path / "metrics.jsonl", kind="start")
+    assert [start["changes"] for start in starts] == [[], ["a: 1 -> 2"]]
+
+
 def test_records_of_any_kind_are_kept_apart(tmp_path: Path) -> None:
     with Metrics(tmp_path, first_step=0, total_steps=9, normalize="per_clip") as log:
         log.log(RECORD)

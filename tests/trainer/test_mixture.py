@@ -115,6 +115,7 @@ def test_datasets_that_mean_other_numbers_are_refused(tmp_path: Path) -> None:
             "geometry is Geometry.*segment_frames=5",
         ),
         ("wide", make_catalog(tmp_path / "wide", clips, prompt_width=9), "prompts are 9 and 8 wide"),
+        ("long", make_catalog(tmp_path / "long", clips, prompt_rows=512), "max_length is 512 and 226"),
     ):
         with pytest.raises(ConfigError, match=f"cannot be trained on together: .*{message}"):
             Mixture([first, catalog])

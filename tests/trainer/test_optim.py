@@ -50,6 +50,8 @@ def test_the_trainable_rule_trains_exactly_what_it_names() -> None:
         "norm_final.bias",
     }
     assert [row.split()[1] for row in table] == ["8", "2", "10", "64"]
+    all_alike = [set_trainable(model, stage(group)) for group in ("@norms", "@feed_forward")]
+    assert len({len(row) for rows in (table, *all_alike) for row in rows}) == 1
     with pytest.raises(ConfigError, match=r"trainable.1 = 'atn1.to_q' matches no parameter.*attn1\.to_q"):
         set_trainable(model, stage(".*", "atn1.to_q"))
     set_trainable(model, stage())

@@ -116,8 +116,9 @@ def test_what_is_kept_is_not_fetched_again(
     assert gets(server) == 3 * len(catalog)
 
 
+@pytest.mark.parametrize("wanted", [{}, {"latent_frames": 1}], ids=["whole", "windows"])
 def test_a_damaged_file_of_the_cache_is_fetched_again(
-    stored: str, local: Path, server: ObjectServer, tmp_path: Path
+    stored: str, local: Path, server: ObjectServer, tmp_path: Path, wanted: dict[str, int]
 ) -> None:
     catalog, here = Catalog(stored), SampleReader(Catalog(local))
     assert same(SampleReader(catalog, cache=str(tmp_path)), here, visits(catalog))
@@ -125,7 +126,7 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(
     torn.write_bytes(torn.read_bytes()[:-1])
     data = changed.read_bytes()
     changed.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert same(SampleReader(catalog, cache=str(tmp_path)), here, visits(catalog))
+    assert same(SampleReader(catalog, cache=str(tmp_path)), here, visits(catalog, **wanted))
     assert gets(server) == 3 * len(catalog) + 2
     assert changed.read_bytes() == data
 

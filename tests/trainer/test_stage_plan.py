@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,8 +28,10 @@ from tests.trainer.catalogs import (
 from tests.trainer.test_losses import layout
 from trainer.batch import prepare
 from trainer.catalog import Catalog
+from trainer.held_out import held_out_rows
 from trainer.mixture import Mixture
 from trainer.objective import Schedule, make_objective
+from trainer.order import hash_strings
 from trainer.packing import Pack, Segment
 from trainer.plan import PackPlan, Step
 from trainer.stage_plan import StagePlan
@@ -388,6 +391,25 @@ def test_the_token_rule_names_lengths_of_prompts_that_would_do(tmp_path: Path) -
     assert "prompts of 178 or 242 tokens" in str(caught.value)
     suits = make_catalog(tmp_path / "suits", [Clip(49, prompts=(242,), height=480, width=720)])
     stage_plan(suits, plan_config(stage=config), **model)
+    dropped = plan_config(stage=config, data={"caption_dropout": 0.1})
+    with pytest.raises(
+        ConfigError, match=r"has 17553 tokens \(17550 video, 1 x 3 empty prompt\); prompts of 50 "
+    ):
+        stage_plan(suits, dropped, **model)
+
+
+def test_clips_held_out_are_held_to_the_stages_rules(tmp_path: Path) -> None:
+    sources = [f"file {number}" for number in range(20)]
+    alike = Mixture([make_catalog(tmp_path / "alike", [Clip(9, source=source) for source in sources])])
+    held = set(alike.source_hashes[held_out_rows(alike, share=0.2)].tolist())
+    longer = [hash_strings(pa.array([source]))[0] in held for source in sources]
+    clips = [Clip(17 if odd else 9, source=source) for source, odd in zip(sources, longer, strict=True)]
+    catalog = make_catalog(tmp_path / "set", clips)
+    plan = stage_plan(catalog, plan_config(validation={"share": 0.2}))
+    assert set(plan.latent_frames[plan.rows].tolist()) == {3}
+    assert plan.latent_shapes == {(3, 4, 4), (5, 4, 4)}
+    with pytest.raises(ConfigError, match=r"token_multiple = 16, .* has 24 tokens"):
+        stage_plan(catalog, plan_config(validation={"share": 0.2}, stage={"token_multiple": 16}))
 
 
 def test_describe_says_what_the_stage_does(catalog: Catalog, pieces: Catalog) -> None:

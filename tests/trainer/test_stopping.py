@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,9 +16,11 @@ from schemas.train_config import CheckpointConfig, TrainConfig
 from tests.trainer.datasets import write_dataset
 from tests.trainer.gloo import on_ranks
 from tests.trainer.test_loop import config, losses, run, run_and_stop, saved_bytes
+from tests.trainer.test_parallel import alone
+from trainer import loop, sharding
 from trainer.checkpoint import checkpoints_folder, find_checkpoint
 from trainer.parallel import World
-from trainer.stopping import SLURM_END, STOP_SIGNALS, stopping
+from trainer.stopping import CTRL_C, SLURM_END, STOP_SIGNALS, ask, stopping
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +37,58 @@ def test_a_signal_is_noted_and_the_handler_of_before_comes_back(number: signal.S
         assert state.told
         assert state.reason == f"by {number.name}"
     assert signal.getsignal(number) is before
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[Any], None]]:
+    """Sets what Ctrl-C does, for the time of a test."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def set_to(handler: Any) -> None:
+        signal.signal(signal.SIGINT, handler)
+
+    yield set_to
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_ctrl_c_of_training_stops_and_the_second_interrupts(
+    ctrl_c: Callable[[Any], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    ctrl_c(signal.default_int_handler)
+    with stopping(CheckpointConfig()) as state:
+        with pytest.raises(KeyboardInterrupt):  # no step has begun
+            signal.raise_signal(signal.SIGINT)
+        assert not state.told
+        state.begin(tell=True)
+        state.begin(tell=True)  # of the next stage
+        signal.raise_signal(signal.SIGINT)
+        assert (state.told, state.interrupted, state.reason) == (True, True, "by SIGINT")
+        assert capfd.readouterr().err == CTRL_C
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_rank_of_a_launcher_leaves_the_second_ctrl_c_to_it(
+    ctrl_c: Callable[[Any], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    ctrl_c(signal.SIG_DFL)
+    with stopping(CheckpointConfig()) as state:
+        state.begin(tell=True)
+        signal.raise_signal(signal.SIGINT)  # one Ctrl-C, from the terminal and from the launcher
+        signal.raise_signal(signal.SIGINT)
+        assert state.received == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert capfd.readouterr().err == ""
+
+
+def test_an_ignored_ctrl_c_stays_ignored(ctrl_c: Callable[[Any], None]) -> None:
+    ctrl_c(signal.SIG_IGN)  # as in the background of a script
+    with stopping(CheckpointConfig()) as state:
+        state.begin(tell=True)
+        signal.raise_signal(signal.SIGINT)
+        assert not state.told
 
 
 @pytest.mark.parametrize(
@@ -87,17 +144,20 @@ def test_without_a_limit_there_is_no_end(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not state.told
 
 
-def test_another_thread_has_limits_but_no_signals() -> None:
-    told = []
+def test_another_thread_has_limits_and_is_asked_instead_of_signalled() -> None:
+    told: list[bool | str] = []
 
     def work() -> None:
         with stopping(CheckpointConfig(time_limit_s=1e-9, time_margin_s=0.0)) as state:
             told.append(state.told)
+        with stopping(CheckpointConfig()) as state:
+            told.extend([state.told, ask(signal.SIGTERM), state.told, state.reason])
+        told.append(ask(signal.SIGTERM))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert told == [True]
+    assert told == [True, False, True, True, "by SIGTERM", False]
 
 
 STEPS = [{"name": "only", "steps": 3, "lr": {"peak": 3e-3, "warmup": 2}}]
@@ -145,3 +205,23 @@ def test_a_signal_to_one_of_three_ranks_costs_nothing(
     on_ranks(3, run, settings)
     assert losses(tmp_path) == losses(undisturbed)
     assert saved_bytes(tmp_path) == saved_bytes(undisturbed)
+
+
+def test_ctrl_c_costs_nothing_and_is_raised_once_all_is_saved(
+    dataset: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(dataset, tmp_path, stages=STEPS, data=SLOTS, checkpoint={"every": 9, "keep": 9})
+    clip_grad_norm = sharding.clip_grad_norm
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return clip_grad_norm(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "clip_grad_norm", interrupted)
+    for step in range(1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            alone(run, settings)
+        assert find_checkpoint(tmp_path).step == step
+    assert [step for step, *_ in losses(tmp_path)] == [1, 2, 3]
+    for found, expected in zip(losses(tmp_path), losses(undisturbed), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)

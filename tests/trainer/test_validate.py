@@ -162,6 +162,8 @@ def test_a_clip_that_could_not_be_read_is_left_out(clips: Clips, reference: Vali
     with join(Member.alone(), MeshConfig(), deterministic=True) as world:
         found = record(world, [[0, 1, 2, 3]], clips=clips)
     assert found.clips == 3
+    assert " of 3 clips (" in str(found)
+    assert " of 1 clip (" in str(replace(found, clips=1))
     assert "63s+" not in found.loss_by_duration
     assert found.loss_by_duration["3-9s"] == pytest.approx(reference.loss_by_duration["3-9s"], rel=1e-5)
 
@@ -178,7 +180,7 @@ def test_ranks_agree_on_what_only_one_of_them_could_not_read(reference: Validati
 def test_nothing_that_could_be_read_is_an_error() -> None:
     with (
         join(Member.alone(), MeshConfig(), deterministic=True) as world,
-        pytest.raises(RunError, match="none of the 1 clips"),
+        pytest.raises(RunError, match="of 1 clip none can be read"),
     ):
         record(world, [[2]], clips=Clips(unreadable=2))
 
