@@ -28,6 +28,8 @@ GOAL_SAVE, GOAL_WAIT = 0.02, 0.01
 SAVE_EVERY = 500
 _META: dict[str, Any] = dict.fromkeys(key for key in KEYS if key not in ("step", "files"))
 """Nothing resumes from these."""
+_MOST_STEPS = 1000
+"""Beside one save: one that fails is never there to be seen, and is told of after them."""
 
 
 def saves(bench: Bench, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -57,7 +59,7 @@ def saves(bench: Bench, say: Callable[[str], None]) -> dict[str, Any] | None:
                 saver.save(number, model=bench.model, optimizer=bench.optimizer, meta=_META)
                 blocked.append(time.perf_counter() - began)
                 steps = 0
-                while background and (steps == 0 or not _is_whole(output, number, world)):
+                while background and steps < _MOST_STEPS and not (steps and _is_whole(output, number, world)):
                     bench.step(batches)
                     steps += 1
                 saver.wait()

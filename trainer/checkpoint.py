@@ -166,11 +166,14 @@ def check_files(saved: Saved, *, alone: bool = False) -> None:
     # Those of rank 0, 1, ... 10: with as many ranks as then, what a rank is about to load anyway.
     names = sorted(sums, key=lambda name: (name.startswith("."), len(name), name))
     rank, ranks = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
-    damaged = [[name for name in names[rank::ranks] if not _is_whole(saved.path / name, sums[name])]] * ranks
+    mine = [(name, lack) for name in names[rank::ranks] if (lack := _lack(saved.path / name, sums[name]))]
+    of_ranks = [mine] * ranks
     if ranks > 1:
-        dist.all_gather_object(damaged, damaged[rank])
-    if found := [name for part in damaged for name in part]:
-        raise RunError(f"{saved.path} is damaged: not as saved: {', '.join(found)}; {_in_its_place(saved)}")
+        dist.all_gather_object(of_ranks, mine)
+    if found := [f"{name} {lack}" for part in of_ranks for name, lack in part]:
+        raise RunError(
+            f"{saved.path} is damaged: {', '.join(found)}; where it stays so, {_in_its_place(saved)}"
+        )
 
 
 def read_state(saved: Saved, state: dict[str, Any], *, alone: bool = False) -> None:
@@ -212,8 +215,13 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def causes(error: Exception | CheckpointException) -> str:
-    """What went wrong, in a line: torch gathers the errors of all ranks, with their tracebacks."""
+    """What went wrong, in a line: torch gathers the errors of all ranks, with their tracebacks.
+
+    KeyboardInterrupt where one of them is that, which torch takes for an error.
+    """
     failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+    if any(isinstance(each, KeyboardInterrupt) for each, _ in failures):
+        raise KeyboardInterrupt from error
     lines = {f"{type(each).__name__}: {each}".removeprefix("OSError: ") for each, _ in failures}
     return "; ".join(sorted(lines))
 
@@ -230,11 +238,12 @@ def _reading(saved: Saved) -> Iterator[None]:
         ) from error
 
 
-def _is_whole(path: Path, expected: str) -> bool:
+def _lack(path: Path, expected: str) -> str:
+    """What is wrong with a file; empty where it is as it was saved."""
     try:
-        return file_checksum(path) == expected
-    except OSError:
-        return False
+        return "" if file_checksum(path) == expected else "is not as it was saved"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def _in_its_place(saved: Saved) -> str:

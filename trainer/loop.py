@@ -258,9 +258,11 @@ def train_stage(run: Run, step: int, saved: Saved | None) -> Saved:
             if run.metrics:
                 blocked_s, background = time.perf_counter() - started, config.checkpoint.background
                 run.metrics.add(SaveRecord(step, stage.name, blocked_s, background))
+            stopped = stopped or told_to_stop(run)
             if look and not stopped:
                 run.looks.take(model, step=step, stage=stage.name, world=world)
-            if stopped or told_to_stop(run):  # the checkpoint is there
+                stopped = told_to_stop(run)
+            if stopped:  # the checkpoint is there
                 break
     return run.saver.wait()  # a stage has at least one step, and its last one is saved
 

@@ -124,11 +124,15 @@ class Saver:
             self._stager.close()
 
     def _settle(self) -> None:
-        """Wait for the save under way."""
-        if self._writing is not None and self._last is not None:
-            writing, self._writing = self._writing, None
-            with _disk_errors(self._last):
-                writing.result()
+        """Wait for the save under way; an interrupt ends the wait, not the save."""
+        writing, last = self._writing, self._last
+        if writing is not None and last is not None:
+            try:
+                with _disk_errors(last):
+                    writing.result()
+            finally:
+                if writing.done():
+                    self._writing = None
 
     def _remove_leftovers(self) -> None:
         """What a killed save left under a temporary name."""

@@ -23,9 +23,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they take the machine away."""
 SLURM_END = "SLURM_JOB_END_TIME"
 """Slurm's own end of a job, in seconds since 1970 (https://slurm.schedmd.com/sbatch.html)."""
-CTRL_C = (
-    "\nCtrl-C: the run ends when the step or look under way is done and saved; once more ends it at once\n"
-)
+CTRL_C = "\nCtrl-C: the run finishes its step or look, saves and ends; press again to end without that\n"
 _listening: list[Stopping] = []
 _RECENT = 20
 """Steps whose longest stands for the next one."""
@@ -56,7 +54,7 @@ class Stopping:
         ranks, which get every Ctrl-C from the terminal and from it. Where it is ignored it stays so.
         """
         before = signal.getsignal(signal.SIGINT)
-        if not _in_main_thread() or signal.SIGINT in self._before or before is signal.SIG_IGN:
+        if not _in_main_thread() or signal.SIGINT in self._before or before in (signal.SIG_IGN, None):
             return
 
         def note(number: int, frame: FrameType | None) -> None:

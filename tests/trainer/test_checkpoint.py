@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -199,7 +202,10 @@ def test_a_damaged_file_is_named_on_all_ranks_with_what_to_do(folder: Path) -> N
         )
         said = on_two_ranks(complaint, str(last))
         assert said[0] == said[1] == alone(complaint, str(last))
-        assert f"step-000003 is damaged: not as saved: {name}; move it out of " in said[0]
+        assert (
+            f"step-000003 is damaged: {name} is not as it was saved; where it stays so, move it out of "
+            in said[0]
+        )
         assert said[0].endswith("checkpoints to go on from step-000002")
         path.write_bytes(data)
     (last / ".metadata").write_bytes(bytes((last / ".metadata").stat().st_size))
@@ -272,8 +278,6 @@ def test_a_full_disk_of_one_rank_is_one_error_on_all_and_what_is_saved_stays(
 
 def fail_during_a_save(world: World, output: str) -> bool:
     """Leave a saver by another error while a save is under way; whether that was so."""
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-
     write_data, going_on = FileSystemWriter.write_data, threading.Event()
 
     def waiting(*args: Any) -> Any:
@@ -292,6 +296,39 @@ def fail_during_a_save(world: World, output: str) -> bool:
                 raise KeyError("the step after")
         except KeyError:
             return under_way
+
+
+def interrupted_in_the_wait(world: World, output: str) -> int:
+    """Ctrl-C while the last save is waited for; the step that is then whole."""
+    model, optimizer = sharded(world, seed=0)
+    write_data = FileSystemWriter.write_data
+
+    def interrupting(*args: Any) -> Any:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        return write_data(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FileSystemWriter, "write_data", interrupting)
+        saver = Saver(Path(output), world=world, keep=1, background=True)
+        saver.save(1, model=model, optimizer=optimizer, meta=META)
+        with pytest.raises(KeyboardInterrupt), saver:
+            saver.wait()
+    return find_checkpoint(Path(output)).step
+
+
+def test_an_interrupt_ends_the_wait_for_a_save_but_not_the_save(tmp_path: Path) -> None:
+    assert alone(interrupted_in_the_wait, str(tmp_path)) == 1
+
+
+def test_an_interrupt_while_reading_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FileSystemReader, "read_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        alone(load, str(folder / "step-000003"))
 
 
 def test_training_goes_on_beside_a_save_which_is_whole_even_where_that_fails(tmp_path: Path) -> None:

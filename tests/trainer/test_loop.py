@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint_is_neither_resumed_nor_exported(
     path.write_bytes(data)
     longer = config(dataset, tmp_path / "run", stages=[STAGES[0] | {"steps": 7}])
     with pytest.raises(
-        RunError, match=f"is damaged: not as saved: {path.name}; .* to go on from step-000004"
+        RunError, match=f"is damaged: {path.name} is not as it was saved; .* to go on from step-000004"
     ):
         alone(run, longer)
     with pytest.raises(RunError, match="is damaged"):
