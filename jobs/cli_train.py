@@ -141,7 +141,14 @@ def report(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Page to write; PATH/report.html by default.")
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            parser=location,
+            metavar="FILE",
+            help="Page to write, s3://BUCKET/KEY too; PATH/report.html by default.",
+        ),
     ] = None,
     samples: Annotated[
         int | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -29,11 +29,9 @@ def dataset_plots(
         "Source rate": _bars(spreads["source_fps"], "pictures per second"),
         "Stride": _bars(spreads["stride"], "pictures of the source for one frame"),
         "Source sizes and buckets": _sizes(sizes, buckets),
-        "Coverage": _shares(
-            shares["coverage"], "share of its source that a clip stands for, where not all", usual=1
-        ),
+        "Coverage": _shares(shares["coverage"], "share of its source that a clip stands for, where not all"),
         "Frames made up": _shares(
-            shares["made_up"], "share of a clip's frames, blended or repeated, where any", usual=0
+            shares["made_up"], "share of a clip's frames, blended or repeated, where any"
         ),
         "Captions": _bars(spreads["caption_chars"], "characters", what="rows"),
         "Video tokens": _bars(spreads["tokens"], "tokens of a clip, at a 2 x 2 patch"),
@@ -64,10 +62,10 @@ def _bars(values: Histogram, label: str, *, what: str = "clips") -> str:
     return _counted(axes)
 
 
-def _shares(values: Share, label: str, *, usual: Literal[0, 1]) -> str:
-    """Without those at `usual`, which would be far above the others; the page has their number."""
+def _shares(values: Share, label: str) -> str:
+    """Without those as usual, which would be far above the others; the page has their number."""
     counts = values.counts.copy()
-    counts[-usual] -= values.all if usual else values.none
+    counts[-values.usual] -= values.as_usual
     if not counts.any():
         return ""
     axes = new_axes(label, "clips")

@@ -1,4 +1,4 @@
-"""What a dataset says beside its index: quarantine, generations, runs, and what its sources were.
+"""What a dataset says beside its index: quarantine, runs, and what its sources were.
 
 In: a dataset. Out: JSON-able values of bounded size, however many clips, runs or reasons there are. Of the
 sources only some units are looked at, evenly spread: their sizes stand in commit records alone.
@@ -7,8 +7,10 @@ sources only some units are looked at, evenly spread: their sizes stand in commi
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ import pyarrow.compute as pc
 
 from jobs.remedies import remedy
 from pipeline.clip import HDR
+from pipeline.geometry import fit
+from schemas.card import Card
 from schemas.dataset import Dataset
 from schemas.errors import DatasetError
 from schemas.index import read_quarantine
-from schemas.patience import read_bytes
-from schemas.tables import read_sealed
 
 _REASONS, _EXAMPLES = 40, 5
 _GENERATIONS, _RUNS = 20, 20
@@ -31,6 +33,7 @@ _SIZES = 300
 _KINDS = 12
 _STAGES = ("load", "decode_wait", "encode", "write")
 _ENLARGED = 1.05
+_RUN = re.compile(r"\d{8}T\d{6}-.+")
 
 
 def quarantined(dataset: Dataset) -> dict[str, Any]:
@@ -47,28 +50,10 @@ def quarantined(dataset: Dataset) -> dict[str, Any]:
     return {"rows": table.num_rows, "reasons": len(counts), "most": found}
 
 
-def generations(dataset: Dataset) -> list[dict[str, int]]:
-    """Rows added and removed by every manifest generation, oldest first."""
-    found: list[dict[str, int]] = []
-    while (path := dataset.generation_path(len(found))).exists():
-        ops = read_sealed(path, columns=["op"], remedy="put back a copy of it")
-        added = int(pc.sum(pc.equal(ops["op"], "add")).as_py() or 0)
-        found.append({"generation": len(found), "added": added, "removed": ops.num_rows - added})
-    return found
-
-
-def read_summary(dataset: Dataset) -> dict[str, Any]:
-    """`summary.json`, empty where there is none that can be read: it can be made again."""
-    try:
-        found = json.loads(read_bytes(dataset.summary_path))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def runs(dataset: Dataset) -> dict[str, Any]:
     """The newest runs, oldest first, by their logs (killed ones too), and how many there are."""
-    folders = sorted(dataset.runs.iterdir(), key=lambda path: path.name) if dataset.runs.exists() else []
+    found = dataset.runs.iterdir() if dataset.runs.exists() else ()
+    folders = sorted((path for path in found if _RUN.fullmatch(path.name)), key=lambda path: path.name)
     newest = [run for folder in folders[-_RUNS:] if (run := _run(folder)) is not None]
     return {"count": len(folders), "newest": newest}
 
@@ -113,11 +98,11 @@ def _facts(path: Path) -> Iterator[dict[str, Any]]:
                     continue
                 if "family" in facts:
                     yield facts
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
 
 
-def source_facts(dataset: Dataset) -> dict[str, Any]:
+def source_facts(dataset: Dataset, card: Card) -> dict[str, Any]:
     """What the source files of some units were, as their commit records have it."""
     units = dataset.finished()["latents"]
     looked_at = units[np.unique(np.linspace(0, len(units) - 1, min(_UNITS, len(units))).round().astype(int))]
@@ -136,9 +121,8 @@ def source_facts(dataset: Dataset) -> dict[str, Any]:
                 continue
             clips += 1
             size = clip["source_width"], clip["source_height"]
-            width, height = size[::-1] if clip["rotation"] % 180 else size
-            sizes[width, height] += 1
-            enlarged += min(sample.meta["width"] / width, sample.meta["height"] / height) > _ENLARGED
+            sizes[size[::-1] if clip["rotation"] % 180 else size] += 1
+            enlarged += _is_enlarged(sample.meta, card)
             kinds["codecs"][clip["codec"]] += 1
             kinds["containers"][clip["container"].split(",")[0]] += 1
             kinds["traits"].update(_traits(clip))
@@ -150,6 +134,21 @@ def source_facts(dataset: Dataset) -> dict[str, Any]:
         "sizes": [[*size, count] for size, count in sizes.most_common(_SIZES)],
         **{name: dict(counter.most_common(_KINDS)) for name, counter in kinds.items()},
     }
+
+
+def _is_enlarged(meta: dict[str, Any], card: Card) -> bool:
+    """Whether the part of the source that is seen has fewer pixels, one way or the other, than its frames."""
+    if (resize := card.settings.resize) is None:
+        return False
+    clip, into = meta["clip"], (meta["width"], meta["height"])
+    place = fit(
+        clip["source_width"],
+        clip["source_height"],
+        sar=Fraction(clip["sar"].replace(":", "/")),
+        into=into[::-1] if clip["rotation"] % 180 else into,
+        mode=resize.mode,
+    )
+    return any(after > _ENLARGED * before for after, before in zip(place.size, place.crop[2:], strict=True))
 
 
 def _traits(clip: dict[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ def draw_chosen(
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Up to `count` samples, the same ones every time, and why there are no pictures, where there are none.
 
-    `vae`: where the video encoder is now.
+    `vae`: where the video encoder is now; an error where that is given and not the one.
     """
     rows = choose_samples(dataset, card, count, also=SHOWN_COLUMNS)
     if not rows:
@@ -41,6 +41,8 @@ def draw_chosen(
     try:
         looker = Looker(dataset, card, limits=LimitsConfig(), sources=SourcesConfig(), vae=vae)
     except LatentpressError as error:
+        if vae is not None:
+            raise
         return [], str(error)
     with looker:
         for row in rows:

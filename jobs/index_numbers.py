@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,7 @@ FAR_ENDS = 8
 _REPEATED = 5
 _COLUMNS = (
     "sample_id",
+    "clip",
     "caption",
     "caption_digest",
     "num_frames",
@@ -44,28 +45,27 @@ _SHOWN = ("sample_id", "source", "start_s", "end_s", "clip", "caption")
 
 @dataclass
 class Share:
-    """Values from 0 to 1: how many lie in each of SHARE_BARS equal bars, and how many are how far."""
+    """Values from 0 to 1: how many lie in each of SHARE_BARS equal bars, are as usual, or far off."""
 
+    usual: Literal[0, 1]
+    """The value that is as it should be."""
     counts: np.ndarray = field(default_factory=lambda: np.zeros(SHARE_BARS, np.int64))
-    none: int = 0
-    below_half: int = 0
-    above_half: int = 0
-    all: int = 0
+    as_usual: int = 0
+    far: int = 0
+    """More than half away from `usual`."""
 
     def add_all(self, values: np.ndarray) -> None:
         self.counts += np.histogram(values.clip(0, 1), bins=SHARE_BARS, range=(0, 1))[0]
-        self.none += int((values <= 0).sum())
-        self.below_half += int((values < 0.5).sum())
-        self.above_half += int((values > 0.5).sum())
-        self.all += int((values >= 1).sum())
+        away = 1 - values if self.usual else values
+        self.as_usual += int((away <= 0).sum())
+        self.far += int((away > 0.5).sum())
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "bars": self.counts.tolist(),
-            "at_0": self.none,
-            "below_half": self.below_half,
-            "above_half": self.above_half,
-            "at_1": self.all,
+            "known": int(self.counts.sum()),
+            "as_usual": self.as_usual,
+            "far": self.far,
         }
 
 
@@ -88,13 +88,13 @@ class IndexNumbers:
         """Reads it all."""
         self._tensors = [f"{name}_nbytes" for name in (*card.latent_tensors, *card.image_tensors)]
         self._prompts = [f"{name}_nbytes" for name in PROMPT_TENSORS]
-        self._file = file
-        self.rows = self.clips = self.tokens = self.latent_bytes = self.repaired = 0
+        self._file, self._imported = file, card.settings.frames is None
+        self.rows = self.asked = self.clips = self.tokens = self.latent_bytes = self.repaired = 0
         self.spreads = {
             name: Histogram()
             for name in ("seconds", "source_fps", "stride", "caption_chars", "tokens", "frames", "busiest")
         }
-        self.shares = {"coverage": Share(), "made_up": Share()}
+        self.shares = {"coverage": Share(usual=1), "made_up": Share(usual=0)}
         self._ends = {name: _FarEnd() for name in ("coverage", "made_up", "repaired")}
         self._last = ""
         buckets, captions = [], []
@@ -105,9 +105,9 @@ class IndexNumbers:
             self.rows += block.num_rows
         self.buckets = _summed(buckets, "bucket").sort_by([("clips", "descending")]).to_pylist()
         told = _summed(captions, "caption_digest")
-        self.captions = told.num_rows
+        self.captions, self.asked = told.num_rows, int(pc.sum(told["asked"]).as_py() or 0)
         self.prompt_bytes = int(pc.sum(pc.divide(told["nbytes"], told["rows"])).as_py() or 0)
-        self._repeated = told.sort_by([("rows", "descending")]).slice(0, _REPEATED)
+        self._repeated = told.sort_by([("asked", "descending")]).slice(0, _REPEATED)
 
     def _add_clips(self, block: pa.Table) -> pa.Table:
         """Take in the clips that begin in a block; of each of their buckets the sums."""
@@ -130,6 +130,8 @@ class IndexNumbers:
 
         coverage = _floats(block["coverage"])
         made_up = (_floats(block["num_interpolated"]) + _floats(block["num_duplicated"])) / frames
+        if self._imported:  # whose cache does not tell, so the index has zeros
+            made_up = np.full_like(made_up, np.nan)
         repaired = _floats(block["num_repaired"]) / frames
         self.shares["coverage"].add_all(coverage[np.isfinite(coverage)])
         self.shares["made_up"].add_all(made_up[np.isfinite(made_up)])
@@ -152,13 +154,15 @@ class IndexNumbers:
         )
 
     def _add_captions(self, block: pa.Table) -> pa.Table:
-        """Take in the captions of a block; of each its rows and bytes (as often as there are rows)."""
+        """Take in the captions of a block; of each its rows, those that are the first clip of what a manifest
+        asked for, and bytes (as often as there are rows)."""
         self._spread("caption_chars", _floats(pc.utf8_length(block["caption"])))
         nbytes = np.sum([_floats(block[name]) for name in self._prompts], axis=0)
         return pa.table(
             {
                 "caption_digest": block["caption_digest"],
                 "rows": np.ones(block.num_rows, np.int64),
+                "asked": pc.cast(pc.equal(pc.fill_null(block["clip"], 0), 0), pa.int64()),
                 "nbytes": np.nan_to_num(nbytes),
             }
         )
@@ -177,20 +181,22 @@ class IndexNumbers:
         return found
 
     def repeated_captions(self) -> list[dict[str, Any]]:
-        """Captions of more than one row, with how many; most frequent first."""
-        told = [row for row in self._repeated.to_pylist() if row["rows"] > 1]
+        """Captions of more than one row of a manifest, with how many; most frequent first. Several clips of
+        one row are no repetition."""
+        told = [row for row in self._repeated.to_pylist() if row["asked"] > 1]
         if not told:
             return []
         digests = self._file.read(columns=["caption_digest"])["caption_digest"]
         numbers = [pc.index(digests, row["caption_digest"]).as_py() for row in told]
         rows = index_rows(self._file, np.array(numbers), columns=["caption"])
         return [
-            {"caption": row["caption"], "rows": each["rows"]} for row, each in zip(rows, told, strict=True)
+            {"caption": row["caption"], "rows": each["asked"]} for row, each in zip(rows, told, strict=True)
         ]
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "rows": self.rows,
+            "asked": self.asked,
             "clips": self.clips,
             "captions": self.captions,
             "video_s": self.spreads["seconds"].sum,
@@ -209,7 +215,7 @@ class IndexNumbers:
 def _summed(tables: Sequence[pa.Table], key: str) -> pa.Table:
     """One row for each `key`, the sum of every other column."""
     if not tables:
-        return pa.table({key: pa.array([], pa.string()), "clips": [], "rows": [], "nbytes": []})
+        return pa.table({key: pa.array([], pa.string()), "clips": [], "rows": [], "asked": [], "nbytes": []})
     grouped = [_by(table, key) for table in tables]
     return _by(pa.concat_tables(grouped), key)
 

@@ -32,7 +32,6 @@ SHOWN_COLUMNS = ("caption", "unit")
 class Look:
     """One sample."""
 
-    row: dict[str, Any]
     clip: dict[str, Any]
     """How it was decoded when it was encoded, from its commit record."""
     decoded: np.ndarray
@@ -108,7 +107,6 @@ class Looker:
             found = f"source now gives frames {found.shape}, the latents {decoded.shape}"
         source, notes = (None, [found]) if isinstance(found, str) else (found, [])
         return Look(
-            row=row,
             clip=clip,
             decoded=decoded,
             source=source,

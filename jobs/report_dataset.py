@@ -7,6 +7,7 @@ millions of clips takes seconds; the rest of the time goes to the few samples th
 from __future__ import annotations
 
 import itertools
+import shlex
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +15,26 @@ from typing import Any
 
 from jobs.console import console, count_of, duration, print_json, size, table
 from jobs.dataset_plots import dataset_plots
-from jobs.dataset_records import generations, quarantined, read_summary, runs, source_facts
+from jobs.dataset_records import quarantined, runs, source_facts
 from jobs.dataset_samples import draw_chosen
+from jobs.dataset_state import gaps, generations, read_summary, unfinished
 from jobs.index_numbers import IndexNumbers
 from jobs.meaning import meaning
-from jobs.report_page import PAGE_NAME, count, inline_plots, percent, render
-from pipeline.commit import replace
+from jobs.report_page import (
+    PAGE_NAME,
+    count,
+    inline_plots,
+    percent,
+    render,
+    require_writable,
+    spelled,
+    write_page,
+)
 from schemas.adoption import adoption_notes
-from schemas.card import read_card
+from schemas.card import Card, read_card
+from schemas.config import AT_A_RATE, SEVERAL
 from schemas.dataset import Dataset
-from schemas.errors import EXIT_DONE, ConfigError
+from schemas.errors import EXIT_DONE
 from schemas.index import open_index
 from schemas.verdict import Mending
 
@@ -42,8 +53,10 @@ def report_dataset(
     missing or damaged.
     """
     card, opened = read_card(dataset), Dataset(dataset)
+    page = output or opened.root / PAGE_NAME
+    require_writable(page)
     index = IndexNumbers(open_index(dataset), card)
-    sources = source_facts(opened)
+    sources = source_facts(opened, card)
     summary, grown, failed = read_summary(opened), generations(opened), quarantined(opened)
     shown, without = draw_chosen(dataset, card, count=samples, vae=vae) if samples else ([], None)
     psnr = [each["psnr_db"] for each in shown if each["psnr_db"] is not None]
@@ -59,14 +72,17 @@ def report_dataset(
         "sources": sources,
         "quarantined": failed["rows"],
         "quarantine": failed,
-        "unfinished": max(0, summary.get("clips", 0) - index.rows - failed["rows"]),
+        "unfinished": unfinished(opened),
         "rerun": Mending(opened).rerun,
         "generations": {"count": len(grown), "newest": grown[-_LISTED_GENERATIONS:]},
-        "last_run": summary.get("last_run"),
+        "last_run": summary["last_run"],
+        "notes": [*summary["notes"], *gaps(opened)],
         "runs": runs(opened),
         "psnr_db": statistics.median(psnr) if psnr else None,
     }
-    numbers["findings"] = list(findings(numbers))
+    numbers["findings"] = list(findings(numbers, card))
+    if _several(card):  # of a source that is cut into clips, each is a small part, as it should be
+        numbers["far_ends"]["coverage"] = []
     plots = dataset_plots(index, sizes=sources["sizes"], buckets=card.settings.buckets)
     made = render(
         "report_dataset.html",
@@ -76,41 +92,45 @@ def report_dataset(
         samples=shown,
         without=without,
         hard=card.hard,
+        several=_several(card),
     )
-    page = output or opened.root / PAGE_NAME
-    try:
-        replace(page, made.encode())
-    except PermissionError as error:
-        raise ConfigError(f"{page} cannot be written: {error.strerror}; name another file with -o") from error
+    write_page(page, made)
     if as_json:
         drawn = [{name: value for name, value in each.items() if name != "picture"} for each in shown]
         print_json(numbers | {"samples": drawn, "page": str(page)})
     else:
         _show(numbers, without)
-        console.print(f"wrote {page}")
+        console.print(spelled(f"wrote {page}"))
     return EXIT_DONE
 
 
-def findings(numbers: dict[str, Any]) -> Iterator[str]:
+def findings(numbers: dict[str, Any], card: Card) -> Iterator[str]:
     """What deserves a look before training, and what can be done about it; a sentence each."""
-    clips, rows = max(1, numbers["clips"]), max(1, numbers["rows"])
+    clips, asked = max(1, numbers["clips"]), max(1, numbers["asked"])
     shares, sources = numbers["shares"], numbers["sources"]
-    if numbers["unfinished"]:
-        yield f"{count_of(numbers['unfinished'], 'row')} not done yet; to go on: {numbers['rerun']}"
-    if not numbers["last_run"] and not numbers["imported_from"]:  # an import tells of none
-        yield "no run of this dataset has come to its end: the numbers below are those of an earlier state"
-    if stopped := (numbers["last_run"] or {}).get("stopped"):
+    if many := numbers["unfinished"]:
+        yield (
+            f"{count_of(many, 'row')} asked for {'is' if many == 1 else 'are'} not in the index: the numbers "
+            f"below are those of an earlier state; to go on: {numbers['rerun']}"
+        )
+    if many := numbers["quarantined"]:
+        most = numbers["quarantine"]["most"][0]
+        told = f"{_of(many, many + numbers['rows'], 'rows')} {'is' if many == 1 else 'are'} quarantined"
+        by_far = "most " if numbers["quarantine"]["reasons"] > 1 else ""
+        yield f"{told}, {by_far}for {most['reason']}: {most['remedy']}"
+    last = numbers["last_run"] or {}
+    if stopped := last.get("stopped"):
         yield f"the last run stopped: {stopped}"
-    if many := shares["made_up"]["above_half"]:
+    if many := shares["made_up"]["far"]:
         yield (
             f"in {_of(many, clips)} more than half of the frames are made up, so they play in slow motion; "
             "frames.max_slowdown or fewer num_frames, in a new dataset, keep such clips out"
         )
-    if many := shares["coverage"]["below_half"]:
-        yield (
-            f"{_of(many, clips)} stand for less than half of their source; frames.clips = 'chunk', in a new "
-            "dataset, makes several clips of such sources"
-        )
+    if (many := shares["coverage"]["far"]) and not _several(card):
+        frames = card.settings.frames
+        advice = "; frames.clips = 'chunk', in a new dataset, makes several clips of such sources"
+        at_a_rate = frames is not None and frames.policy in AT_A_RATE
+        yield f"{_of(many, clips)} stand for less than half of their source{advice if at_a_rate else ''}"
     if many := numbers["repaired"]:
         yield f"{_of(many, clips)} hold frames whose own picture could not be decoded; listed below"
     if many := sources["enlarged"]:
@@ -118,21 +138,26 @@ def findings(numbers: dict[str, Any]) -> Iterator[str]:
             f"{_of(many, sources['clips'])} looked at were enlarged, their sources being smaller than "
             "the bucket; smaller buckets, in a new dataset, cost less and lose nothing"
         )
-    cut = ((numbers["last_run"] or {}).get("prompts") or {}).get("captions_cut")
-    if cut:
-        yield f"{count_of(cut, 'caption')} of the last run were cut to the text encoder's length"
+    if cut := (last.get("prompts") or {}).get("captions_cut"):
+        yield f"the last run cut {count_of(cut, 'caption')} to the text encoder's length"
     for repeated in numbers["repeated_captions"][:1]:
-        if repeated["rows"] > max(2, _FREQUENT * rows):
+        if repeated["rows"] > max(2, _FREQUENT * asked):
             yield (
-                f"one caption stands for {_of(repeated['rows'], rows, 'rows')}: "
+                f"one caption stands for {_of(repeated['rows'], asked, 'rows')}: "
                 f"{_shortened(repeated['caption'])!r}"
             )
     if sources["damaged_records"]:
         yield (
             f"{count_of(sources['damaged_records'], 'commit record')} cannot be read: run "
-            f"`latentpress verify {numbers['dataset']}`"
+            f"`latentpress verify {shlex.quote(numbers['dataset'])}`"
         )
+    yield from numbers["notes"]
     yield from numbers["adopted"]
+
+
+def _several(card: Card) -> bool:
+    """Whether a source is cut into as many clips as it holds."""
+    return card.settings.frames is not None and card.settings.frames.clips in SEVERAL
 
 
 def _of(part: int, whole: int, noun: str = "clips") -> str:
@@ -157,6 +182,6 @@ def _show(numbers: dict[str, Any], without: str | None) -> None:
         facts.add_row(name, value)
     console.print(facts)
     for sentence in itertools.islice(numbers["findings"], 20):
-        console.print(f"note: {sentence}")
+        console.print(spelled(f"note: {sentence}"))
     if without:
-        console.print(f"note: {'no' if psnr is None else 'not all'} pictures: {without}")
+        console.print(spelled(f"note: {'no' if psnr is None else 'not all'} pictures: {without}"))

@@ -7,12 +7,17 @@ costs a third more bytes than beside it and makes it one file to send.
 from __future__ import annotations
 
 import base64
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from jobs.console import duration, size
+from pipeline.commit import replace
+from schemas.errors import ConfigError
+from schemas.store import is_remote
 
 PAGE_NAME = "report.html"
 
@@ -29,9 +34,39 @@ def render(template: str, **values: Any) -> str:
         "number": number,
         "size": size,
         "ends": ends,
+        "quote": shlex.quote,
         "of": lambda number, noun: f"{number:,} {noun}{'' if number == 1 else 's'}",
     }
     return environment.get_template(template).render(values)
+
+
+def require_writable(page: Path) -> None:
+    """ConfigError where `page` can plainly not be written: said before hours of samples are drawn."""
+    if is_remote(page):  # a store tells when it is asked to store
+        return
+    if page.is_dir():
+        raise ConfigError(f"{page} is a folder: name a file with -o, such as {page / PAGE_NAME}")
+    folder = next(parent for parent in page.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ConfigError(f"{page} cannot be written: {folder} is no folder; name another file with -o")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{page} cannot be written: the folder {folder} is read-only here; name another file with -o"
+        )
+
+
+def write_page(page: Path, text: str) -> None:
+    """Write a page whole; ConfigError where it cannot be."""
+    try:
+        replace(page, spelled(text).encode())
+    except OSError as error:
+        why = error.strerror or str(error) or type(error).__name__
+        raise ConfigError(f"{page} cannot be written: {why}; name another file with -o") from error
+
+
+def spelled(text: str) -> str:
+    """`text` with the bytes of names that are no Unicode, which no page or terminal takes, spelled out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def inline(content: bytes, kind: str) -> str:

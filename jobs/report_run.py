@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from jobs.console import console, count_of, duration, print_json, table
-from jobs.report_page import PAGE_NAME, inline, inline_plots, percent, render
+from jobs.report_page import (
+    PAGE_NAME,
+    inline,
+    inline_plots,
+    percent,
+    render,
+    require_writable,
+    spelled,
+    write_page,
+)
 from jobs.run_plots import Records, run_plots
 from schemas.errors import EXIT_DONE, ConfigError
 from trainer.checkpoint import all_complete, checkpoints_folder
@@ -34,6 +43,7 @@ def report_run(run: Path, *, output: Path | None, as_json: bool) -> int:
             + ("none yet, try again later" if records else "no such file or none in it")
         )
     page = output or run / PAGE_NAME
+    require_writable(page)
     config = run / "config.toml"
     text = config.read_text(encoding="utf-8") if config.exists() else ""
     numbers = summarize(records, settings=tomllib.loads(text)) | {
@@ -43,12 +53,12 @@ def report_run(run: Path, *, output: Path | None, as_json: bool) -> int:
     plots = run_plots(steps, _of(records, "validation"), _of(records, "save"))
     sheets = [(path.parent.name, path.name, inline(path.read_bytes(), "image/png")) for path in _sheets(run)]
     made = render("report_run.html", run=numbers, plots=inline_plots(plots), config=text, sheets=sheets)
-    page.write_text(made, encoding="utf-8")
+    write_page(page, made)
     if as_json:
         print_json(numbers | {"page": str(page)})
     else:
         _show(numbers)
-        console.print(f"wrote {page}")
+        console.print(spelled(f"wrote {page}"))
     return EXIT_DONE
 
 

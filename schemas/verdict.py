@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from schemas.dataset import Dataset
@@ -65,7 +66,7 @@ class Mending:
         config = next((str(path) for path in configs if path.exists()), "CONFIG")
         command = ["preprocess", config, "--set", f"output={absolute(dataset.root)}"]
         if imports := [path for run in runs if (path := run / IMPORT_NAME).exists()]:
-            arguments = json.loads(imports[0].read_bytes())["arguments"]
+            arguments = next(filter(None, map(_arguments, imports)), ["ARGUMENTS"])
             command = ["import", *arguments, "-o", absolute(dataset.root)]
         self.rerun = shlex.join(["latentpress", *command])
         """With the config of the newest run, on the dataset where it is now: it may have been moved since."""
@@ -75,3 +76,12 @@ class Mending:
         tool = "aws s3 rm" if str(self._dataset.root).startswith("s3://") else "rm -f"
         gone = [f"{tool} {shlex.quote(str(self._dataset.root / name))}" for name in names]
         return " && ".join([*gone, self.rerun])
+
+
+def _arguments(path: Path) -> list[str]:
+    """Those of an import, as it noted them; none where the note is torn."""
+    try:
+        arguments = json.loads(path.read_bytes())["arguments"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [str(each) for each in arguments] if isinstance(arguments, list) else []

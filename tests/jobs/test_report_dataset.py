@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -14,15 +16,23 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from jobs import cli, remedies
+from jobs import cli, remedies, report_page
+from jobs import report_dataset as module
 from jobs.report_dataset import report_dataset
 from pipeline.collect import find_orphans
-from schemas.card import card_bytes, read_card
+from pipeline.generation import add_generation
+from pipeline.source import Source
+from schemas.card import Card, card_bytes, read_card
 from schemas.check import check_dataset
+from schemas.config import FramesConfig, ResizeConfig
 from schemas.dataset import Dataset
 from schemas.index import read_index, read_quarantine
+from schemas.load import open_sealed_json, sealed_json
+from schemas.manifest import ManifestRow
+from schemas.sample import EMPTY_PROMPT_UNIT, unit_name
 from schemas.store import location
 from schemas.tables import sealed_parquet
+from schemas.verdict import IMPORT_NAME, Mending
 from tests.jobs.test_inspect import make_dataset
 from tests.object_server import serving
 from tests.trainer.datasets import write_dataset
@@ -99,7 +109,10 @@ def test_the_numbers_of_a_dataset_and_a_page_that_has_them_inside(dataset: Path,
     assert found["last_run"]["latents"]["clips"] == 3
     (run,) = found["runs"]["newest"]
     assert (run["clips"], run["quarantined"], run["prompts"]) == (2, 1, 4)
-    assert found["generations"] == {"count": 1, "newest": [{"generation": 0, "added": 3, "removed": 0}]}
+    assert found["generations"] == {
+        "count": 1,
+        "newest": [{"generation": 0, "added_or_changed": 3, "removed": 0}],
+    }
     assert found["sources"]["sizes"] == [[96, 64, 1], [64, 96, 1]]
     assert found["sources"]["enlarged"] == 0
     assert {sample["source"] for sample in found["samples"]} == {"wide.mp4", "tall.mp4"}
@@ -185,10 +198,31 @@ def test_an_encoder_that_is_not_there_leaves_a_page_without_pictures(dataset: Pa
     assert "its video encoder cannot be had" in found["text"]
 
 
-def test_what_is_unfinished_torn_or_repeated_is_told(dataset: Path, report: Report) -> None:
-    assert not any("not done yet" in sentence for sentence in report(dataset, samples=0)["findings"])
-    summary = json.loads((dataset / "summary.json").read_text())
-    (dataset / "summary.json").write_text(json.dumps(summary | {"clips": 10}))
+def test_rows_of_a_run_that_was_killed_are_told(dataset: Path, report: Report) -> None:
+    assert report(dataset, samples=0)["unfinished"] == 0
+    opened = Dataset(dataset)
+    more = [ManifestRow(i, source=f"{i}", path=f"/{i}", caption="New.") for i in range(4)]
+    sources = {row.path: Source(digest=row.source, size=1, mtime_ns=0) for row in more}
+    kept = opened.history().live_table(["source", "path", "caption", "source_digest", "size", "mtime_ns"])
+    for number, row in enumerate(kept.to_pylist()):
+        sources[row["path"]] = Source(row["source_digest"], size=row["size"], mtime_ns=row["mtime_ns"])
+        words = {"source": row["source"], "path": row["path"], "caption": row["caption"]}
+        more.append(ManifestRow(4 + number, **words))
+    card = read_card(dataset)
+    add_generation(opened, card, rows=more, sources=sources, unit_rows=2)  # and no unit is made
+    rewrite(dataset / "quarantine.parquet", read_quarantine(dataset).slice(0, 0))
+    found = report(dataset, samples=0)
+    assert found["unfinished"] == 5  # with the one that is in no table now
+    told = found["findings"][0]
+    assert told.startswith("5 rows asked for are not in the index: the numbers below are those of an earlier")
+    assert "; to go on: latentpress preprocess " in told
+    assert "every row that was asked for" not in found["text"]
+
+    add_generation(opened, card, rows=more[1:], sources=sources, unit_rows=2)  # asked for no longer
+    assert report(dataset, samples=0)["unfinished"] == 4
+
+
+def test_what_is_torn_or_repeated_is_told(dataset: Path, report: Report) -> None:
     with next((dataset / "runs").glob("*/log.jsonl")).open("a") as log:
         log.write('{"family": "latents", "kep')
     (dataset / "commits" / "00" / "u00000000.json").write_text("{")
@@ -196,18 +230,157 @@ def test_what_is_unfinished_torn_or_repeated_is_told(dataset: Path, report: Repo
     many = pa.concat_tables([index] * 20)
     rewrite(dataset / "index.parquet", many, caption=["A video."] * 40, caption_digest=["same"] * 40)
     found = report(dataset, samples=0)
-    assert found["unfinished"] == 0
     told = "\n".join(found["findings"])
     assert "one caption stands for 40 of 40 rows (100.0 %): 'A video.'" in told
     assert "1 commit record cannot be read" in told
-    rewrite(dataset / "index.parquet", index)
-    (dataset / "quarantine.parquet").write_bytes(sealed_parquet(read_quarantine(dataset).slice(0, 0)))
+    clips = [0, 1, 2, 3] * 10
+    rewrite(
+        dataset / "index.parquet", many, caption=["A video."] * 40, caption_digest=["same"] * 40, clip=clips
+    )
+    assert "one caption stands for 10 of 10 rows" in "\n".join(report(dataset, samples=0)["findings"])
+
+
+def with_settings(dataset: Path, **changes: Any) -> Card:
+    card = read_card(dataset)
+    changed = card.model_copy(update={"settings": card.settings.model_copy(update=changes)})
+    (dataset / "card.json").write_bytes(card_bytes(changed))
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("policy", "clips", "told", "advised"),
+    [
+        ("fps", "head", True, True),
+        ("fps", "whole", True, True),
+        ("fps", "chunk", False, False),
+        ("contiguous", "slide", False, False),
+        ("cogvideox_sat", "head", True, False),
+    ],
+)
+def test_what_is_said_of_short_coverage_suits_the_policy(
+    dataset: Path, report: Report, policy: str, clips: str, told: bool, advised: bool
+) -> None:
+    with_settings(dataset, frames=FramesConfig.model_validate({"policy": policy, "clips": clips}))
+    rewrite(dataset / "index.parquet", read_index(dataset), coverage=[0.25, 0.75])
     found = report(dataset, samples=0)
-    assert found["unfinished"] == 8
-    assert found["findings"][0].startswith("8 rows not done yet; to go on: latentpress preprocess ")
-    assert "Empty: every row" in found["text"]
-    (dataset / "summary.json").unlink()
-    assert "no run of this dataset has come to its end" in report(dataset, samples=0)["findings"][0]
+    words = "\n".join(found["findings"])
+    assert ("1 of 2 clips (50.0 %) stand for less than half" in words) == told
+    assert ("frames.clips = 'chunk'" in words) == advised
+    assert [row["share"] for row in found["far_ends"]["coverage"]] == ([0.25, 0.75] if told else [])
+    assert ("The whole source is in" in found["text"]) == told
+
+
+@pytest.mark.parametrize(("mode", "enlarged"), [("cover_crop", 1), ("stretch", 1), ("pad", 0)])
+def test_a_source_that_is_enlarged_one_way_is_seen(
+    dataset: Path, report: Report, mode: str, enlarged: int
+) -> None:
+    """In a bucket of 96 x 64, one of 192 x 32 is cut to 48 x 32, stretched in height, or made smaller."""
+    with_settings(dataset, resize=ResizeConfig.model_validate({"mode": mode}))
+    path = dataset / "commits" / "00" / "u00000000.json"
+    record = open_sealed_json(path.read_bytes())
+    (wide,) = [each for each in record["samples"] if each["meta"]["width"] == 96]
+    wide["meta"]["clip"] |= {"source_width": 192, "source_height": 32}
+    path.write_bytes(sealed_json(record))
+    found = report(dataset, samples=0)
+    assert found["sources"]["enlarged"] == enlarged
+    assert found["sources"]["sizes"][0] in ([192, 32, 1], [64, 96, 1])
+
+
+def test_quarantine_is_told_first(dataset: Path, report: Report) -> None:
+    found = report(dataset, samples=0)
+    told = found["findings"][0]
+    assert told.startswith("1 of 3 rows (33.3 %) is quarantined, for open_failed: ")
+    assert told.endswith(remedies.remedy("open_failed"))
+    rewrite(dataset / "index.parquet", read_index(dataset).slice(0, 0))
+    failed = pa.concat_tables([read_quarantine(dataset)] * 3)
+    rewrite(dataset / "quarantine.parquet", failed, reason=["too_short", "open_failed", "too_short"])
+    told = report(dataset, samples=0)["findings"]
+    assert any("3 of 3 rows (100.0 %) are quarantined, most for too_short: " in each for each in told[:2])
+
+
+def test_what_an_import_notes_lacks_or_does_not_know(dataset: Path, report: Report) -> None:
+    summary = {"rows": 2, "notes": ["left.mp4 has no <caption>"], "empty_prompt": False}
+    (dataset / "summary.json").write_text(json.dumps(summary))
+    with_settings(dataset, frames=None, resize=None, picture=None)
+    path = dataset / "commits" / "00" / f"{unit_name('prompts', EMPTY_PROMPT_UNIT)}.json"
+    path.write_bytes(sealed_json(open_sealed_json(path.read_bytes()) | {"samples": []}))
+    rewrite(dataset / "index.parquet", read_index(dataset), coverage=[None, None])
+    (dataset / "metrics.jsonl").touch()
+    found = report(dataset, samples=0)
+    words = "\n".join(found["findings"])
+    assert "left.mp4 has no <caption>" in words
+    assert "there is no empty prompt" in words
+    assert "a training run lies in the same folder" in words
+    assert "The whole source is in" not in found["text"]
+    assert "All frames are pictures of the source" not in found["text"]
+
+
+@pytest.mark.parametrize(
+    "summary",
+    ["{", "[]", '{"clips": null}', '{"last_run": {"latents": {}}}', '{"last_run": 3}', '{"notes": [1]}', ""],
+)
+def test_a_summary_that_is_not_whole_costs_what_it_tells(dataset: Path, report: Report, summary: str) -> None:
+    (dataset / "summary.json").write_text(summary)
+    found = report(dataset, samples=0)
+    assert (found["last_run"], found["clips"], found["unfinished"]) == (None, 2, 0)
+    assert "summary.json, which a run writes at its end" in found["text"]
+
+
+def test_stray_files_among_the_runs_and_names_that_are_no_text(
+    dataset: Path, run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    (dataset / "runs" / ".DS_Store").write_text("")
+    (dataset / "runs" / "20300101T000000-1").write_text("")
+    odd = Path(shutil.copytree(dataset, tmp_path / os.fsdecode(b"odd \xff")))
+    code, said = run(odd, "--samples", 0)
+    assert code == 0, said
+    assert b"odd \\udcff" in (odd / "report.html").read_bytes()
+    code, said = run(odd, "--samples", 0, "--json")
+    assert (code, json.loads(said)["runs"]["count"]) == (0, 2)
+
+
+@pytest.mark.parametrize("torn", ["{", "[]", '{"arguments": null}'])
+def test_a_torn_note_of_an_import_is_passed_over(dataset: Path, torn: str) -> None:
+    for number, text in enumerate(['{"arguments": ["musubi", "a b"]}', torn]):
+        folder = dataset / "runs" / f"2030010{number + 1}T000000-import"
+        folder.mkdir()
+        (folder / IMPORT_NAME).write_text(text)
+    assert Mending(Dataset(dataset)).rerun == f"latentpress import musubi 'a b' -o {dataset}"
+    assert check_dataset(dataset).clean
+    (dataset / "runs" / "20300101T000000-import" / IMPORT_NAME).write_text(torn)
+    assert Mending(Dataset(dataset)).rerun == f"latentpress import ARGUMENTS -o {dataset}"
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_work(
+    dataset: Path, run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("worked before it was known where to write")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "IndexNumbers", fail)
+        code, said = run(dataset, "-o", tmp_path)
+        assert (code, "is a folder: name a file with -o" in said) == (2, True)
+        code, said = run(dataset, "-o", dataset / "card.json" / "page.html")
+        assert (code, "is no folder; name another file with -o" in said) == (2, True)
+        patched.setattr(os, "access", lambda path, mode: False)  # as on a file system that is read-only
+        code, said = run(dataset, "-o", tmp_path / "new" / "page.html")
+        assert (code, "is read-only here; name another file with -o" in said) == (2, True)
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(report_page, "replace", full)
+    code, said = run(dataset, "--samples", 0)
+    assert (code, "cannot be written: No space left on device; name another" in said) == (2, True)
+
+
+def test_an_encoder_that_is_named_has_to_be_the_one(
+    dataset: Path, run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    code, said = run(dataset, "--vae", tmp_path)
+    assert (code, "was encoded with dct, which has no files" in said) == (2, True)
+    assert not (dataset / "report.html").exists()
 
 
 def test_a_dataset_without_clips_has_a_page(dataset: Path, report: Report) -> None:
@@ -223,7 +396,9 @@ def test_the_page_is_no_trouble_to_its_dataset(dataset: Path, report: Report) ->
     assert find_orphans(Dataset(dataset), older_than_s=0) == []
 
 
-def test_a_dataset_in_an_object_store(tmp_path: Path, report: Report) -> None:
+def test_a_dataset_in_an_object_store(
+    tmp_path: Path, report: Report, run: Callable[..., tuple[int, str]]
+) -> None:
     s3fs = pytest.importorskip("s3fs")
     local = write_dataset(tmp_path / "latents")
     with serving("bucket"):
@@ -233,6 +408,8 @@ def test_a_dataset_in_an_object_store(tmp_path: Path, report: Report) -> None:
         assert found["clips"] == read_index(local).num_rows
         assert report_dataset(stored, output=None, samples=0, vae=None, as_json=False) == 0
         assert s3fs.S3FileSystem().cat("bucket/latents/report.html").startswith(b"<!DOCTYPE html>")
+        assert run(local, "--samples", 0, "-o", "s3://bucket/page.html")[0] == 0
+        assert s3fs.S3FileSystem().cat("bucket/page.html").startswith(b"<!DOCTYPE html>")
 
 
 def test_every_reason_that_a_clip_fails_with_has_a_remedy() -> None:

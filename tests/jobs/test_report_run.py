@@ -138,6 +138,13 @@ def test_folders_that_a_person_kept_are_no_steps(run: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["checkpoints"] == [{"step": 20, "bytes": 3}]
 
 
+def test_a_page_has_to_be_a_file_that_can_be_written(run: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder: name a file with -o"):
+        report_run(run, output=run, as_json=False)
+    assert report_run(run, output=run / "new" / "page.html", as_json=False) == 0
+    assert [path.name for path in (run / "new").iterdir()] == ["page.html"]
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="output folder of `latentpress train`"):
         report_run(tmp_path, output=None, as_json=False)
