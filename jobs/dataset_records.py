@@ -26,7 +26,7 @@ from schemas.errors import DatasetError
 from schemas.index import read_quarantine
 
 _REASONS, _EXAMPLES = 40, 5
-_GENERATIONS, _RUNS = 20, 20
+_RUNS = 20
 _UNITS = 48
 """Whose records are read for what their sources were."""
 _SIZES = 300

@@ -26,6 +26,7 @@ from trainer.check import LOSS_GATE
 from trainer.checkpoint import find_checkpoint
 from trainer.metrics import read_records
 from trainer.parallel import World
+from trainer.stopping import CTRL_C
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = """
@@ -200,7 +201,7 @@ def test_ctrl_c_before_the_first_step_and_a_second_one_end_at_once(
     monkeypatch.setattr("jobs.launcher._rank", rank)
     with pytest.raises(RunError, match="interrupted; nothing is saved: run again to start anew"):
         train(config_file(folder, steps=3), overrides=[f"output={tmp_path}/run"], nproc=2)
-    assert capfd.readouterr().err.count("Ctrl-C: the run ends when the step") == 1
+    assert capfd.readouterr().err.count(CTRL_C) == 1
     assert not [each for each in multiprocessing.active_children() if each.name.startswith("rank ")]
 
 
